@@ -1,0 +1,67 @@
+"""minigpt: GPT-2 from raw text to a model that follows instructions, in plain PyTorch.
+
+The names that a custom loop needs. Each is imported when it is first asked for, so that a script's `--help` need
+not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from minigpt.version import __version__
+
+if TYPE_CHECKING:
+    from minigpt.arguments import TrainConfig
+    from minigpt.data.collate import Batch, collate
+    from minigpt.data.dataset import Example, encode_example
+    from minigpt.data.prompts import get_template
+    from minigpt.data.records import Conversation, read_records
+    from minigpt.data.tokenizer import Tokenizer
+    from minigpt.inference.sampling import generate, stream
+    from minigpt.model.gpt2 import GPT, GPTConfig
+    from minigpt.training.engine import make_engine
+    from minigpt.training.loop import train
+
+_HOMES = {
+    "minigpt.arguments": ["TrainConfig"],
+    "minigpt.data.collate": ["Batch", "collate"],
+    "minigpt.data.dataset": ["Example", "encode_example"],
+    "minigpt.data.prompts": ["get_template"],
+    "minigpt.data.records": ["Conversation", "read_records"],
+    "minigpt.data.tokenizer": ["Tokenizer"],
+    "minigpt.inference.sampling": ["generate", "stream"],
+    "minigpt.model.gpt2": ["GPT", "GPTConfig"],
+    "minigpt.training.engine": ["make_engine"],
+    "minigpt.training.loop": ["train"],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "GPT",
+    "Batch",
+    "Conversation",
+    "Example",
+    "GPTConfig",
+    "Tokenizer",
+    "TrainConfig",
+    "__version__",
+    "collate",
+    "encode_example",
+    "generate",
+    "get_template",
+    "make_engine",
+    "read_records",
+    "stream",
+    "train",
+]
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'minigpt' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

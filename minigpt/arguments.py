@@ -1,0 +1,146 @@
+"""The settings that scripts share. A script's dataclass inherits the groups that it reads.
+
+The docstring under a field is its help text; `minigpt.config` turns all of it into flags, YAML and `--help`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str | None = None
+    """Folder or hub id, such as openai-community/gpt2."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    tokenizer_name: str | None = None
+    """Folder, hub id or .tiktoken file, or tiny for the small vocabulary that comes along. Unset: the model's own."""
+    device: str | None = None
+    """cuda, cpu or mps. Unset: the best there is."""
+
+
+@dataclass
+class DataArguments:
+    """Which data."""
+
+    data: list[str] = field(default_factory=list)
+    """Files, folders, globs or hf://datasets/OWNER/NAME/FILE, in any of the known formats."""
+    validation_data: list[str] = field(default_factory=list)
+    """Data to evaluate on. Unset: a part of data, see validation_split."""
+    validation_split: float = 0.05
+    """The part of data that is held out where there is no validation_data; 0 holds out none."""
+    skip_bad_records: int = 0
+    """Bad records to pass over, and count, before giving up."""
+    cache_dir: str | None = None
+    """Where tokenized data is kept. Unset: ~/.cache/minigpt, or what MINIGPT_CACHE names."""
+
+
+@dataclass
+class PromptArguments:
+    """How a conversation becomes text."""
+
+    template: str | None = None
+    """alpaca, alpaca-short, hugchat, input-output, io, iio, none, or a folder that holds a prompt_template.json.
+    Unset: the model folder's own, else alpaca."""
+    trigger_instruction: str | None = None
+    """The template's word for an instruction, changed."""
+    trigger_input: str | None = None
+    """The template's word for an input, changed."""
+    trigger_output: str | None = None
+    """The template's word for an output, changed."""
+    trigger_human: str | None = None
+    """The template's word for the user's turn, changed."""
+    trigger_assistant: str | None = None
+    """The template's word for the assistant's turn, changed."""
+
+    @property
+    def triggers(self) -> dict[str, str | None]:
+        """The changed trigger words, as `get_template` takes them."""
+        names = ("instruction", "input", "output", "human", "assistant")
+        return {name: getattr(self, f"trigger_{name}") for name in names}
+
+
+@dataclass
+class TrainConfig:
+    """What the loop and the optimizer read."""
+
+    output_dir: str | None = None
+    """Folder the run is written to. Unset: runs/SCRIPT."""
+    overwrite_output_dir: bool = False
+    """Write into an output_dir that holds a run already; that run is lost."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW, reached after the warmup."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warmup."""
+    min_lr_ratio: float = 0.0
+    """Where it ends, as a fraction of learning_rate."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate first rises."""
+    num_train_epochs: int = 1
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Optimizer steps to run; overrides num_train_epochs."""
+    per_device_train_batch_size: int = 8
+    """Examples of one forward and backward pass, on each device."""
+    gradient_accumulation_steps: int = 1
+    """Such passes before each optimizer step."""
+    group_by_length: bool = True
+    """Put examples of similar length into one step: less padding."""
+    weight_decay: float = 0.1
+    """Decay of the weight matrices; biases and layer norms have none."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    adam_beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
+    adam_epsilon: float = 1e-8
+    """AdamW's guard against division by zero."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm where it is longer; inf never does."""
+    dropout: float | None = None
+    """Dropout everywhere in the model. Unset: as its config.json says."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast); weights and optimizer stay fp32."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps. Unset: ten times a run."""
+    per_device_eval_batch_size: int = 8
+    """Examples of one forward pass in an evaluation, on each device."""
+    logging_steps: int = 10
+    """Print a line every so many steps where the output is not a terminal; metrics.jsonl has every step."""
+    seed: int = 42
+    """Fixes initialisation, dropout, the validation split and the order of the data."""
+
+    def __post_init__(self) -> None:
+        check_range(
+            self,
+            "at least 1",
+            lambda x: x >= 1,
+            *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            *("gradient_accumulation_steps", "eval_steps", "logging_steps"),
+        )
+        check_range(self, "above 0", lambda x: x > 0, "learning_rate", "adam_epsilon", "max_grad_norm")
+        check_range(self, "at least 0", lambda x: x >= 0, "weight_decay", "warmup_steps", "seed")
+        check_range(self, "at least 0 and below 1", lambda x: 0 <= x < 1, "adam_beta1", "adam_beta2", "dropout")
+        check_range(self, "between 0 and 1", lambda x: 0 <= x <= 1, "min_lr_ratio")
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """The fields of the model's config.json that these settings change."""
+        return {} if self.dropout is None else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout)
+
+
+def check_range(config: Any, wanted: str, holds, *names: str) -> None:
+    """Raises a ValueError that names the flag where a field that is set does not hold."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not holds(value):  # this way round, NaN is refused too
+            raise ValueError(f"--{name} must be {wanted}, got {value}")
+
+
+def require(config: Any, name: str, what: str) -> Any:
+    """The value of a flag without a default; a ValueError that says what it needs where it is unset."""
+    value = getattr(config, name)
+    if not value:
+        raise ValueError(f"--{name} is needed: {what}")
+    return value

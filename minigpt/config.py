@@ -1,0 +1,298 @@
+"""One flat dataclass per script becomes flags, YAML and `--help`.
+
+The dataclass is the only source: a field's name is the flag and the YAML key, its type says what is accepted,
+its default is shown, and the docstring under it is the help text (after litgpt's `litgpt/args.py`).
+
+    @dataclass
+    class SFTConfig(TrainConfig, PromptArguments):
+        '''Teach a GPT-2 to follow instructions.'''
+
+        data: list[str] = field(default_factory=list)
+        '''Instruction data: files, folders, globs.'''
+
+    def main(config: SFTConfig) -> None: ...
+
+    if __name__ == "__main__":
+        run(main, SFTConfig)
+
+tyro (https://brentyi.github.io/tyro) splits the command line and lays out the help. It hands every value over as
+text, and YAML is read as text too, so that one function, `convert`, judges both and their errors read alike.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import tyro
+import yaml
+
+from minigpt.files import whole_file
+from minigpt.version import __version__
+
+T = TypeVar("T")
+
+
+def run(main: Callable[[T], None], config_class: type[T]) -> None:
+    """Parses the command line and calls `main(config)`. Errors are one line; `--debug` shows the traceback.
+
+    Exit codes: 0 done, 1 `main` failed, 2 the command line or the YAML file is wrong, 130 Ctrl-C.
+    """
+    debug = "--debug" in sys.argv[1:]  # not from the configuration: it counts for errors in that as well
+    exit_code = 2
+    try:
+        try:
+            config = parse(config_class)
+            exit_code = 1
+            main(config)
+        finally:
+            sys.stdout.flush()  # so that a closed pipe shows here, and not at the interpreter's end
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        sys.exit(exit_code)
+
+
+def parse(config_class: type[T], argv: Sequence[str] | None = None) -> T:
+    """The configuration: the dataclass's defaults, beaten by `--config FILE`, beaten by flags, wherever they stand.
+
+    Raises `ValueError` in one line (which flag or line of the file, what was expected), `OSError` where the file
+    cannot be read, and `SystemExit(0)` after `--help` and `--version`.
+    """
+    hints = get_type_hints(config_class)
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--local_rank", "--local-rank")  # added by deepspeed; LOCAL_RANK in the environment counts
+    argv = launcher.parse_known_args(argv)[1]
+    found, unknown = tyro.cli(
+        _form(config_class, hints),
+        default={"debug": False, "version": False},
+        prog=Path(sys.argv[0]).name,
+        description=inspect.getdoc(config_class),
+        args=argv,
+        return_unknown_args=True,
+        use_underscores=True,
+    )
+    if found["version"]:
+        print(f"minigpt {__version__}")
+        raise SystemExit(0)
+    known = [*hints, "config", "debug", "version"]
+    if unknown and unknown[0].startswith("-"):
+        flag = unknown[0].split("=")[0]
+        raise ValueError(f"unknown flag {flag}{_nearest(flag.lstrip('-').replace('-', '_'), known, '--')}")
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} belongs to no flag (--flag VALUE; a switch is --flag or --no_flag, alone)")
+
+    flags = {name: value for group in found.values() if isinstance(group, dict) for name, value in group.items()}
+    values = _read_yaml(Path(_from_words("config", found["config"], str)), hints) if "config" in found else {}
+    for name, words in flags.items():
+        values[name] = words if isinstance(words, bool) else _from_words(name, words, hints[name])
+    return config_class(**values)
+
+
+def save_yaml(config: Any, path: Path) -> None:
+    """Writes every field as YAML, in the order of `--help`; `--config` on the file gives an equal configuration."""
+    values = {name: getattr(config, name) for names in _groups(type(config)).values() for name in names}
+    with whole_file(path) as temporary:
+        text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100_000)
+        temporary.write_text(text, encoding="utf-8")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes line breaks as `\\n` in double quotes: easier to read than YAML's folding, which also changes a NEL."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if text.splitlines() not in ([], [text]) else None
+    ),
+)
+
+
+def convert(value: str | list | None, hint: Any) -> Any:
+    """What a field of type `hint` makes of a value as written: text, a list of texts, or None (null, nothing).
+
+    >>> convert("1e-4", float), convert("a.json", list[str]), convert(None, int | None)
+    (0.0001, ['a.json'], None)
+
+    Raises `ValueError`: "expected a number, got 'abc'".
+    """
+    if value is None and NoneType in get_args(hint):
+        return None
+    kind = _kind(hint)
+    if kind.item is not None and value is not None:
+        return [convert(item, kind.item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, str):
+        with contextlib.suppress(KeyError, ValueError):
+            return kind.read(value)
+    raise ValueError(f"expected {kind.expected}, got {repr(value) if value else 'nothing'}")
+
+
+class _Kind(NamedTuple):
+    """A type of field: how the help and an error call it, what text becomes, and a list's type of item."""
+
+    metavar: str
+    expected: str
+    read: Callable[[str], Any]
+    item: Any = None
+
+
+_YAML_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_KINDS = {
+    bool: _Kind("", "true or false", lambda text: _YAML_BOOLEANS[text.lower()]),
+    int: _Kind("INT", "a whole number", int),
+    float: _Kind("FLOAT", "a number", lambda text: float(text.replace(".inf", "inf"))),  # YAML writes .inf
+    str: _Kind("STR", "text", str),
+}
+
+
+def _kind(hint: Any) -> _Kind:
+    """The kind of `int`, `int | None`, `list[int]`, `Literal["a", "b"]`, ..."""
+    arguments = get_args(hint)
+    if NoneType in arguments:  # X | None
+        return _kind(next(argument for argument in arguments if argument is not NoneType))
+    if get_origin(hint) is list:
+        return _Kind(f"{_kind(arguments[0]).metavar} ...", "a list", str, item=arguments[0])
+    if get_origin(hint) is Literal:
+        choices = {str(choice): choice for choice in arguments}
+        return _Kind(f"{{{','.join(choices)}}}", f"one of {', '.join(choices)}", choices.__getitem__)
+    return _KINDS[hint]
+
+
+def _from_words(name: str, words: list[str], hint: Any) -> Any:
+    """The value of a flag, from the words that follow it. The word None unsets what may be unset."""
+    value: str | list | None = words[0] if len(words) == 1 else words
+    if value == "None" and NoneType in get_args(hint):
+        value = None
+    try:
+        return convert(value, hint)
+    except ValueError as error:
+        raise ValueError(f"--{name}: {error}") from None
+
+
+def _read_yaml(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a YAML file sets.
+
+    Scalars are read as they are written, because YAML 1.1 makes text of `1e-4`, False of `no`, 8 of `010` and a date
+    of `2024-01-01`; the type of the field decides instead.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")  # PyYAML takes a byte order mark off itself
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 text, so not YAML") from None
+    try:
+        root = yaml.SafeLoader(text).get_single_node()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"{path}:{line}: not YAML: {error.reason}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ValueError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path}:{root.start_mark.line + 1}: expected lines such as learning_rate: 1e-4")
+
+    values: dict[str, Any] = {}
+    for key, node in root.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else "[...]"
+        where = f"{path}:{key.start_mark.line + 1}"
+        if name not in hints:
+            raise ValueError(f"{where}: unknown key {name}{_nearest(name, hints)}")
+        if name in values:
+            raise ValueError(f"{where}: {name} stands here for the second time")
+        try:
+            values[name] = convert(_as_written(node), hints[name])
+        except ValueError as error:
+            raise ValueError(f"{where}: {name}: {error}") from None
+    return values
+
+
+def _as_written(node: yaml.Node) -> str | list | None:
+    if isinstance(node, yaml.SequenceNode):
+        return [_as_written(item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        raise ValueError("expected a value or a list, got a mapping")
+    return None if node.tag == "tag:yaml.org,2002:null" else node.value
+
+
+def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, names, n=1) or [known for known in names if name in known][:3]
+    return f" (did you mean {' or '.join(prefix + known for known in close)}?)" if close else " (see --help)"
+
+
+def _groups(config_class: type) -> dict[type, list[str]]:
+    """The names of the fields, by the class that declares them: the script's own class first, then its bases."""
+    owners: dict[str, type] = {}
+    for cls in reversed(config_class.__mro__):
+        for name in inspect.get_annotations(cls):
+            owners.setdefault(name, cls)
+    return {cls: names for cls in config_class.__mro__ if (names := [name for name in owners if owners[name] is cls])}
+
+
+def _form(config_class: Any, hints: dict[str, Any]) -> Any:
+    """What tyro fills in: the words after each flag that is on the line, and one box of the help per class."""
+    switch = tyro.conf.FlagCreatePairsOff[bool]
+    form: dict[str, Any] = {
+        "config": _flag(list[str], "YAML file of settings, a run's config.yaml too; flags beat it.", "FILE"),
+        "debug": _flag(switch, "Show the traceback of an error."),
+        "version": _flag(switch, "Show the version and exit."),
+    }
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    helps = {
+        parameter.arg_name: " ".join((parameter.description or "").split())
+        for cls in reversed(config_class.__mro__[:-1])
+        for parameter in docstring_parser.parse_from_object(cls).params
+    }
+    for cls, names in _groups(config_class).items():
+        flags = {
+            name: _flag(
+                bool if hints[name] is bool else list[str],
+                helps.get(name),
+                _kind(hints[name]).metavar or None,
+                f"(default: {_shown(fields[name])})",
+            )
+            for name in names
+        }
+        title = cls.__name__.removesuffix("Config").removesuffix("Arguments").lower()
+        box = TypedDict(title, flags, total=False)  # type: ignore[misc]  # mypy wants them written out
+        box.__doc__ = None if cls is config_class else inspect.getdoc(cls)
+        form[title] = tyro.conf.OmitArgPrefixes[box]
+    return TypedDict("Form", form, total=False)  # type: ignore[operator]
+
+
+def _flag(kind: Any, text: str | None, metavar: str | None = None, default: str = "") -> Any:
+    return Annotated[kind, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default)]
+
+
+def _shown(field: dataclasses.Field) -> str:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return "unset" if value in (None, "") else str(value)
+
+
+def _in_one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        message = f"{error.filename}: {error.strerror}"
+    if message and isinstance(error, (ValueError, OSError, ImportError)):
+        return message
+    return f"{type(error).__name__}: {message or 'no message'} (--debug shows the traceback)"

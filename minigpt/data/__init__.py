@@ -1,0 +1,1 @@
+"""Text in, `Batch` out: tokenizer, records, prompts, dataset, collate."""

@@ -1,0 +1,127 @@
+"""Conversations in, examples out: encoded segment by segment, joined, cut to length."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minigpt.data.prompts import Message, Segment, Template
+from minigpt.data.records import Conversation
+from minigpt.data.tokenizer import Tokenizer
+
+Ids = Sequence[int] | np.ndarray
+Mask = Sequence[bool] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and which of them the model learns to write."""
+
+    ids: Ids
+    supervised: Mask
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An example cut to its limit, and the ids that were cut off on either side of it."""
+
+    example: Example | None
+    """None where no supervised token was left."""
+    cut_left: list[int]
+    cut_right: list[int]
+    prompt_length: int
+    """Ids before the first answer; 0 in a text."""
+
+
+def encode_segments(segments: Sequence[Segment], tokenizer: Tokenizer) -> Example:
+    """Each segment on its own, joined. This is what training reads, and what chat asks."""
+    return _join(segments, _encode([segments], tokenizer)[0])
+
+
+def encode_example(
+    conversation: Conversation,
+    template: Template,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    train_on_prompt: bool = False,
+) -> Example | None:
+    """A conversation as ids, at most `max_seq_length` + 1 of them, because the shift eats one.
+
+    What is too long loses its oldest whole turns first, then the prompt's left end, and last the answer's right end;
+    never the answer's beginning.
+
+    Args:
+        conversation: messages, as `read_records` gives them.
+        template: how they are written out.
+        tokenizer: how that becomes ids.
+        max_seq_length: positions that the model is to look at.
+        train_on_prompt: the whole text is supervised, and not the answers alone.
+
+    Returns:
+        The example, or None where no supervised token was left.
+    """
+    return fit_example(conversation.messages, template, tokenizer, max_seq_length, train_on_prompt).example
+
+
+def fit_example(
+    messages: Sequence[Message],
+    template: Template,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    train_on_prompt: bool = False,
+) -> Fitted:
+    """`encode_example`, which also says what was cut."""
+    return next(fit_examples([messages], template, tokenizer, max_seq_length, train_on_prompt))
+
+
+def fit_examples(
+    conversations: Sequence[Sequence[Message]],
+    template: Template,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    train_on_prompt: bool = False,
+) -> Iterator[Fitted]:
+    """`fit_example` of many, encoded together so that the tokenizer can use its threads."""
+    limit = max_seq_length + 1
+    rendered = [template.render(messages) for messages in conversations]
+    for messages, segments, pieces in zip(conversations, rendered, _encode(rendered, tokenizer), strict=True):
+        cut_left: list[int] = []
+        while sum(map(len, pieces)) > limit and len(segments) > 3:  # more than one turn of prompt, answer, end
+            excess, turns, first = sum(map(len, pieces)) - limit, 0, int(messages[0]["role"] == "system")
+            while excess > 0 and len(segments) > 3 * (turns + 1):
+                excess -= sum(map(len, pieces[3 * turns : 3 * turns + 3]))
+                turns += 1
+            cut_left += [i for piece in pieces[: 3 * turns] for i in piece]
+            messages = [*messages[:first], *messages[first + 2 * turns :]]
+            segments = template.render(messages)  # the turn that is now the first has the preamble before it
+            pieces = _encode([segments], tokenizer)[0]
+        joined = _join(segments, pieces)
+        ids, supervised = list(joined.ids), list(joined.supervised)
+        if train_on_prompt:
+            supervised = [True] * len(ids)
+        prompt = len(pieces[0]) if len(segments) == 3 else 0  # a text has no prompt
+        left = min(max(0, len(ids) - limit), max(0, prompt - 1))  # one token stays: the answer's first follows it
+        cut_left += ids[:left]
+        cut_right = ids[left + limit :]
+        ids, supervised = ids[left : left + limit], supervised[left : left + limit]
+        example = Example(ids, supervised) if any(supervised[1:]) else None
+        yield Fitted(example, cut_left, cut_right, len(pieces[0]) - left if len(segments) >= 3 else 0)
+
+
+def _encode(rendered: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> list[list[list[int]]]:
+    """The ids of every segment of every conversation."""
+    texts = [segment.text for segments in rendered for segment in segments if not segment.special]
+    encoded = iter(tokenizer.encode_batch(texts))
+    return [
+        [[tokenizer.special_tokens[s.text]] if s.special else next(encoded) for s in segments] for segments in rendered
+    ]
+
+
+def _join(segments: Sequence[Segment], pieces: Sequence[Sequence[int]]) -> Example:
+    return Example(
+        [i for piece in pieces for i in piece],
+        [segment.supervised for segment, piece in zip(segments, pieces, strict=True) for _ in piece],
+    )

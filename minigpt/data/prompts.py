@@ -1,0 +1,287 @@
+r"""Prompt templates: the one place where trigger words live.
+
+A template turns a conversation into segments of text, each marked as supervised (the model learns to write it) or
+not. Training, chat, evaluation and self-instruct all render here, so a model is asked exactly what it was taught.
+
+A segment is encoded on its own. All text between two answers is one segment, and a blank between a trigger and its
+answer belongs to the answer, so byte-pair merges at the seam are the same in training and at inference. Encoding the
+joined text instead is what stanford_alpaca had to mend in pull request 229.
+
+Sources: alpaca is tatsu-lab/stanford_alpaca's prompt with a newline before the answer (LLMs-from-scratch, chapter 7);
+hugchat is HugNLP/HugChat's; io and iio are those of ArmelRandy/Self-instruct.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from minigpt.data.tokenizer import END_OF_TEXT
+from minigpt.files import find_file, whole_file
+
+TEMPLATE_FILE = "prompt_template.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+Message = Mapping[str, str]
+
+
+class Segment(NamedTuple):
+    """A piece of a rendered conversation, encoded on its own."""
+
+    text: str
+    supervised: bool
+    special: bool = False
+    """`text` names a special token, and is not ordinary text."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written out. Data, not code: all of it travels in `prompt_template.json`.
+
+    The patterns hold trigger words by name (`{instruction}`, `{input}`, `{output}`, `{human}`, `{assistant}`) and
+    what the conversation brings (`{content}`, and `{context}` for the input of a user message). A literal brace is
+    doubled.
+    """
+
+    name: str
+    user: str
+    """A user message, up to where the answer begins."""
+    user_with_input: str
+    """The same where the message carries an input."""
+    answer: str = "{content}"
+    preamble: str = ""
+    """What stands before the first turn where there is no system message."""
+    preamble_with_input: str = ""
+    """The same where the first turn carries an input."""
+    system: str = "{content}\n\n"
+    separator: str = "\n\n"
+    """What stands between an answer and the next user message."""
+    triggers: dict[str, str] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    """Where an answer has run on into the next turn."""
+    supervise_prompt: bool = False
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Segment]:
+        r"""The conversation as segments.
+
+        An answer is followed by the end-of-text token, supervised, so a model always learns to stop.
+
+        >>> hi = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+        >>> get_template("hugchat").render(hi)  # doctest: +NORMALIZE_WHITESPACE
+        [Segment(text='Human: Hi \n HugChat:', supervised=False, special=False),
+         Segment(text=' Hello.', supervised=True, special=False),
+         Segment(text='<|endoftext|>', supervised=True, special=True)]
+
+        Args:
+            messages: an optional system message, then user and assistant in turn; or one message of role text.
+            add_generation_prompt: the last message is a user's, and the model is to answer it. Otherwise a user
+                message without an answer is left out, because there is nothing to learn from it.
+
+        Raises:
+            ValueError: the roles do not follow each other so, or there is no question to answer.
+        """
+        segments: list[Segment] = []
+        text = ""  # the prompt that gathers until the next answer
+        rest = list(messages)
+        if rest and rest[0]["role"] == "text":
+            if add_generation_prompt:
+                return [Segment(rest[0]["content"], supervised=True)]
+            return [Segment(rest[0]["content"], supervised=True), Segment(END_OF_TEXT, True, special=True)]
+        if rest and rest[0]["role"] == "system":
+            text = self._write(self.system, rest.pop(0))
+        elif rest:
+            text = self._write(self.preamble_with_input if rest[0].get("input") else self.preamble, rest[0])
+        for index, message in enumerate(rest):
+            expected = ("user", "assistant")[index % 2]
+            if message["role"] != expected:
+                raise ValueError(f"message {index + 1} has the role {message['role']!r} where {expected!r} belongs")
+            if expected == "user":
+                text += self.separator if index else ""
+                text += self._write(self.user_with_input if message.get("input") else self.user, message)
+            else:
+                segments += [
+                    Segment(text, self.supervise_prompt),
+                    Segment(self._write(self.answer, message), supervised=True),
+                    Segment(END_OF_TEXT, supervised=True, special=True),
+                ]
+                text = ""
+        if add_generation_prompt:
+            if not rest or rest[-1]["role"] != "user":
+                raise ValueError("the last message is to be answered, so it must be a user's")
+            segments.append(Segment(text, self.supervise_prompt))
+        return segments
+
+    def read_answer(self, generated: str) -> str:
+        """The answer in what a model wrote: up to a stop string, without the blanks around it."""
+        ends = [generated.find(stop) for stop in self.stop_strings() if stop in generated]
+        return generated[: min(ends, default=len(generated))].strip()
+
+    def stop_strings(self) -> tuple[str, ...]:
+        return tuple(stop.format(**self.triggers) for stop in self.stop)
+
+    def _write(self, pattern: str, message: Message) -> str:
+        return pattern.format(**self.triggers, content=message["content"], context=message.get("input", ""))
+
+    def with_triggers(self, **words: str | None) -> "Template":
+        """The same template with other trigger words; None keeps a word."""
+        changes = {name: word for name, word in words.items() if word is not None}
+        if unknown := changes.keys() - self.triggers.keys():
+            known = ", ".join(f"trigger_{name}" for name in self.triggers) or "no trigger words"
+            raise ValueError(f"template {self.name} has no trigger_{min(unknown)}; it has {known}")
+        return replace(self, triggers={**self.triggers, **changes})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `prompt_template.json`, and `chat_template.jinja` which says the same to other tools."""
+        for name, text in {
+            TEMPLATE_FILE: json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n",
+            CHAT_TEMPLATE_FILE: self.to_jinja(),
+        }.items():
+            with whole_file(Path(folder) / name) as path:
+                path.write_bytes(text.encode("utf-8"))
+
+    def to_jinja(self) -> str:
+        """The template as Hugging Face's tokenizers read it. A user message's input is `message.input`."""
+        first = self._choose("m.get('input')", self._jinja(self.preamble_with_input), self._jinja(self.preamble))
+        user = self._choose("m.get('input')", self._jinja(self.user_with_input), self._jinja(self.user))
+        return (
+            "{%- for m in messages -%}"
+            "{%- if m.role == 'text' -%}{{- m.content -}}{%- if not add_generation_prompt -%}"
+            "{{- eos_token -}}{%- endif -%}"
+            f"{{%- elif m.role == 'system' -%}}{self._jinja(self.system)}"
+            "{%- elif m.role == 'user' -%}"
+            "{%- if not loop.last or add_generation_prompt -%}"
+            f"{{%- if loop.first -%}}{first}"
+            f"{{%- elif loop.previtem.role == 'assistant' -%}}{self._jinja(self.separator)}{{%- endif -%}}"
+            f"{user}{{%- endif -%}}"
+            f"{{%- elif m.role == 'assistant' -%}}{self._jinja(self.answer)}{{{{- eos_token -}}}}"
+            "{%- endif -%}{%- endfor -%}"
+        )
+
+    def _jinja(self, pattern: str) -> str:
+        """`a {content} b` -> `{{- 'a ' ~ m.content ~ ' b' -}}`, trigger words filled in."""
+        marks = {"content": "\0m.content\0", "context": "\0m.input\0"}
+        pieces = pattern.format(**self.triggers, **marks).split("\0")  # text, expression, text, ...
+        parts = [piece if index % 2 else _jinja_string(piece) for index, piece in enumerate(pieces) if piece]
+        return "{{- " + " ~ ".join(parts) + " -}}" if parts else ""
+
+    @staticmethod
+    def _choose(condition: str, yes: str, no: str) -> str:
+        return yes if yes == no else f"{{%- if {condition} -%}}{yes}{{%- else -%}}{no}{{%- endif -%}}"
+
+
+def _jinja_string(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+_HEADINGS = {"instruction": "Instruction", "input": "Input", "output": "Response"}
+_TASK = "Below is an instruction that describes a task"
+_REQUEST = "Write a response that appropriately completes the request.\n\n"
+_ALPACA = Template(
+    name="alpaca",
+    preamble=f"{_TASK}. {_REQUEST}",
+    preamble_with_input=f"{_TASK}, paired with an input that provides further context. {_REQUEST}",
+    user="### {instruction}:\n{content}\n\n### {output}:\n",
+    user_with_input="### {instruction}:\n{content}\n\n### {input}:\n{context}\n\n### {output}:\n",
+    triggers=_HEADINGS,
+    stop=("### {instruction}:",),
+)
+_HUGCHAT = Template(
+    name="hugchat",
+    user="{human}: {content} \n {assistant}:",
+    user_with_input="{human}: {content}\n{context} \n {assistant}:",
+    answer=" {content}",
+    separator=" \n\n ",
+    triggers={"human": "Human", "assistant": "HugChat"},
+    stop=("{human}:",),
+)
+_IIO = "### {instruction}:\n{content}\n\n### {input}:\n{context}\n\n### {output}:\n"
+TEMPLATES = {
+    template.name: template
+    for template in (
+        _ALPACA,
+        replace(_ALPACA, name="alpaca-short", preamble_with_input=_ALPACA.preamble),
+        _HUGCHAT,
+        replace(_HUGCHAT, name="input-output", separator=" \n ", triggers={"human": "Input", "assistant": "Output"}),
+        replace(
+            _ALPACA,
+            name="io",
+            preamble="",
+            preamble_with_input="",
+            user="### {instruction}:\n{content}\n\n### {output}:\n",
+            user_with_input="### {instruction}:\n{content}\n{context}\n\n### {output}:\n",
+            triggers={"instruction": "Instruction", "output": "Output"},
+        ),
+        replace(
+            _ALPACA,
+            name="iio",
+            preamble="",
+            preamble_with_input="",
+            user=_IIO,
+            user_with_input=_IIO,
+            triggers={**_HEADINGS, "output": "Output"},
+        ),
+        Template(
+            name="none",
+            user="{content}",
+            user_with_input="{content}\n{context}",
+            answer="\n{content}",
+            separator="\n",
+            supervise_prompt=True,
+        ),
+    )
+}
+
+
+def get_template(
+    name_or_folder: str | Path,
+    instruction: str | None = None,
+    input: str | None = None,
+    output: str | None = None,
+    human: str | None = None,
+    assistant: str | None = None,
+) -> Template:
+    """A built-in template by name, or the one that travels with a model, with trigger words changed if given.
+
+    Args:
+        name_or_folder: alpaca, alpaca-short, hugchat, input-output, io, iio or none; or a folder or hub id whose
+            `prompt_template.json` is read.
+        instruction, input, output, human, assistant: other trigger words.
+
+    Raises:
+        ValueError: no such template, a broken file, or a trigger word that the template does not have.
+    """
+    template = TEMPLATES.get(str(name_or_folder)) or _read(name_or_folder)
+    return template.with_triggers(instruction=instruction, input=input, output=output, human=human, assistant=assistant)
+
+
+def template_of(model: str | Path, revision: str | None = None) -> str | Path:
+    """What `get_template` takes where the user chose none: the file that travels with the model, else alpaca."""
+    return find_file(model, TEMPLATE_FILE, revision) or "alpaca"
+
+
+def _read(folder: str | Path) -> Template:
+    path = Path(folder)
+    if path.name != TEMPLATE_FILE:
+        try:
+            path = find_file(folder, TEMPLATE_FILE) or Path()
+        except FileNotFoundError:
+            path = Path()
+    if not path.is_file():
+        raise ValueError(
+            f"no template {str(folder)!r}; one of {', '.join(TEMPLATES)}, or a folder with {TEMPLATE_FILE}"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    known = {field.name for field in fields(Template)}
+    if not isinstance(values, dict) or not {"name", "user", "user_with_input"} <= values.keys() <= known:
+        raise ValueError(f"{path}: a template has the keys {', '.join(sorted(known))}")
+    template = Template(**{**values, "stop": tuple(values.get("stop", ()))})
+    placeholders = {"content", "context", *template.triggers}
+    for name in ("user", "user_with_input", "answer", "preamble", "preamble_with_input", "system", "separator"):
+        if unknown := set(re.findall(r"(?<!\{)\{(\w+)\}", values.get(name, ""))) - placeholders:
+            raise ValueError(f"{path}: {name} names {{{min(unknown)}}}, which is no trigger word and no content")
+    return template

@@ -1,0 +1,279 @@
+"""The token store: a corpus as ids on disk, built once, memory-mapped.
+
+It is built in one pass with bounded memory, so a corpus may be larger than RAM. Its folder is named by a hash of
+what it was built from (the files' bytes, the template, the tokenizer, the lengths), so a stale one is never read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from minigpt.data.dataset import Example, Ids, Mask, fit_examples
+from minigpt.data.prompts import Template
+from minigpt.data.records import read_records, read_texts
+from minigpt.data.streams import find_data_files
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.distributed import progress_bar
+
+FORMAT = 1  # of the files below; a change makes new stores
+CONVERSATIONS = 1024  # encoded together, so that the tokenizer can use its threads
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What building a store came to."""
+
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    length_p50: int
+    length_p95: int
+    length_max: int
+    dropped: int
+    """Conversations with no supervised token left, or nothing supervised from the start."""
+    cut: int
+    """Conversations that lost turns, the left of the prompt or the right of the answer."""
+    bad_records: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.examples:,} examples, {self.tokens:,} tokens ({self.supervised_tokens:,} supervised), "
+            f"lengths p50 {self.length_p50:,} p95 {self.length_p95:,} max {self.length_max:,}; "
+            f"{self.dropped:,} dropped, {self.cut:,} cut, {self.bad_records:,} bad records"
+        )
+
+
+class TokenStore(Sequence[Example]):
+    """Examples on disk. Reading one touches its pages and no more."""
+
+    def __init__(self, folder: Path):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.folder = folder
+        self.stats = StoreStats(**meta["stats"])
+        self.ids = _map(folder / "ids.bin", np.dtype(meta["dtype"]))
+        self.supervised = _map(folder / "supervised.bin", np.dtype(bool))
+        self.offsets = _map(folder / "offsets.bin", np.dtype(np.int64))
+        self.prompt_lengths = _map(folder / "prompt_lengths.bin", np.dtype(np.int64))
+        self.lengths = np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return Example(self.ids[span], self.supervised[span])
+
+
+class Blocks(Sequence[Example]):
+    """A stretch of a store's tokens as blocks of `block_size` positions, every `stride` tokens one.
+
+    A block has one token more than positions, because the shift eats one, so neighbours share a token at
+    `stride` = `block_size` and nothing goes unlearnt. The last block is as long as what is left.
+    """
+
+    def __init__(
+        self, store: TokenStore, block_size: int, stride: int | None = None, start: int = 0, stop: int | None = None
+    ):
+        self.ids = store.ids[start:stop]
+        self.block_size = block_size
+        self.stride = stride or block_size
+        if not 1 <= self.stride <= block_size:
+            raise ValueError(
+                f"--stride {stride} must lie between 1 and --block_size {block_size}, or tokens are skipped"
+            )
+        self.starts = np.arange(0, max(0, len(self.ids) - 1), self.stride)
+        if len(self.starts) > 1:  # blocks behind the first that reaches the end would only repeat it
+            self.starts = self.starts[: 1 + int(np.argmax(self.starts + block_size >= len(self.ids) - 1))]
+        self.lengths = np.minimum(self.starts + block_size + 1, len(self.ids)) - self.starts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index):
+        ids = self.ids[self.starts[index] : self.starts[index] + self.block_size + 1]
+        return Example(ids, np.ones(len(ids), dtype=bool))
+
+
+class Subset(Sequence[Example]):
+    """Some of a store's examples."""
+
+    def __init__(self, data: TokenStore, indices: np.ndarray):
+        self.data = data
+        self.indices = indices
+        self.lengths = data.lengths[indices]
+        self.prompt_lengths = data.prompt_lengths[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        return self.data[self.indices[index]]
+
+
+def split(data: TokenStore, validation_split: float, seed: int) -> tuple[Subset, Subset]:
+    """Training and validation examples, drawn at random; at least one of each where there are two."""
+    order = np.random.default_rng(seed).permutation(len(data))
+    held_out = min(max(1, round(len(data) * validation_split)), len(data) - 1) if validation_split > 0 else 0
+    return Subset(data, np.sort(order[held_out:])), Subset(data, np.sort(order[:held_out]))
+
+
+def build_store(
+    paths: Sequence[str],
+    template: Template,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    train_on_prompt: bool = False,
+    *,
+    skip_bad_records: int = 0,
+    cache_dir: str | Path | None = None,
+) -> TokenStore:
+    """The store of a set of conversations: found where it was built before, else built.
+
+    Args:
+        paths: whatever `read_records` reads.
+        template, tokenizer, max_seq_length, train_on_prompt: as for `encode_example`.
+        skip_bad_records: how many bad records to pass over before giving up.
+        cache_dir: where stores are kept; None is `~/.cache/minigpt`, or what `MINIGPT_CACHE` names.
+
+    Raises:
+        ValueError: a bad record, named with its file and line; or no record has anything to learn.
+    """
+    files = find_data_files(paths)
+    key = _key(files, asdict(template), tokenizer.fingerprint, max_seq_length, train_on_prompt, skip_bad_records)
+
+    def fill(writer: "_Writer") -> None:
+        bad: list[str] = []
+        records = read_records(files, skip_bad_records=skip_bad_records, bad_records=bad, on_bytes=writer.bar.update)
+        while conversations := [record.messages for record in islice(records, CONVERSATIONS)]:
+            for fitted in fit_examples(conversations, template, tokenizer, max_seq_length, train_on_prompt):
+                writer.cut += bool(fitted.cut_left or fitted.cut_right)
+                if fitted.example is None:
+                    writer.dropped += 1
+                else:
+                    writer.add(fitted.example.ids, fitted.example.supervised, fitted.prompt_length)
+        writer.bad_records = len(bad)
+        if not writer.lengths:
+            raise ValueError(
+                f"{', '.join(map(str, paths))}: none of the {writer.dropped} records has a supervised token within "
+                f"--max_seq_length {max_seq_length}; raise it, or look at them with --inspect 3"
+            )
+
+    return _open(key, tokenizer, files, fill, cache_dir)
+
+
+def build_text_store(
+    paths: Sequence[str], tokenizer: Tokenizer, *, skip_bad_records: int = 0, cache_dir: str | Path | None = None
+) -> TokenStore:
+    """The store of raw text: every document verbatim, an end-of-text token after each.
+
+    A document is encoded in pieces that are cut where the tokenizer always cuts, so a file of any size will do.
+    """
+    files = find_data_files(paths)
+    key = _key(files, "text", tokenizer.fingerprint, skip_bad_records)
+
+    def fill(writer: "_Writer") -> None:
+        for document in read_texts(files, skip_bad_records=skip_bad_records, on_bytes=writer.bar.update):
+            for piece in document:
+                writer.extend(tokenizer.encode(piece))
+            writer.add([tokenizer.eot_id], [True])
+
+    return _open(key, tokenizer, files, fill, cache_dir)
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def _key(files: Iterable[Path], *settings) -> str:
+    """A hash of the files' bytes and of everything else that the ids depend on."""
+    digest = hashlib.blake2b(json.dumps([FORMAT, *settings], sort_keys=True).encode(), digest_size=16)
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def _open(key: str, tokenizer: Tokenizer, files: Sequence[Path], fill, cache_dir: str | Path | None) -> TokenStore:
+    """The store of this key; where there is none, one is filled beside its place and moved there whole."""
+    root = Path(cache_dir or os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt") / "stores"
+    folder = root / key
+    if not folder.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}."))
+        try:
+            with _Writer(temporary, tokenizer, sum(path.stat().st_size for path in files)) as writer:
+                fill(writer)
+            try:
+                temporary.rename(folder)
+            except OSError:  # another process was faster, and built the same
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return TokenStore(folder)
+
+
+class _Writer:
+    """Appends examples to a store's files."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, total_bytes: int):
+        self.folder = folder
+        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+        self.bar = progress_bar(total_bytes, "B", "tokenizing", unit_scale=True)
+        self.lengths: list[int] = []
+        self.prompt_lengths: list[int] = []
+        self.open = self.tokens = self.supervised_tokens = self.dropped = self.cut = self.bad_records = 0
+
+    def __enter__(self) -> "_Writer":
+        self.ids = open(self.folder / "ids.bin", "wb")
+        self.supervised = open(self.folder / "supervised.bin", "wb")
+        return self
+
+    def extend(self, ids: Ids, supervised: Mask | None = None) -> None:
+        """Adds to the example that is being written."""
+        mask = np.ones(len(ids), dtype=bool) if supervised is None else np.asarray(supervised, dtype=bool)
+        self.ids.write(np.asarray(ids, dtype=self.dtype).tobytes())
+        self.supervised.write(mask.tobytes())
+        self.open += len(ids)
+        self.tokens += len(ids)
+        self.supervised_tokens += int(mask.sum())
+
+    def add(self, ids: Ids, supervised: Mask, prompt_length: int = 0) -> None:
+        """Adds, and ends the example."""
+        self.extend(ids, supervised)
+        self.lengths.append(self.open)
+        self.prompt_lengths.append(prompt_length)
+        self.open = 0
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        self.bar.close()
+        for file in (self.ids, self.supervised):
+            file.close()
+        if error_type is None:
+            lengths = np.array(self.lengths, dtype=np.int64)
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64).tofile(self.folder / "offsets.bin")
+            np.array(self.prompt_lengths, dtype=np.int64).tofile(self.folder / "prompt_lengths.bin")
+            p50, p95, longest = np.percentile(lengths, [50, 95, 100], method="nearest")
+            stats = StoreStats(
+                examples=len(lengths),
+                tokens=self.tokens,
+                supervised_tokens=self.supervised_tokens,
+                length_p50=int(p50),
+                length_p95=int(p95),
+                length_max=int(longest),
+                dropped=self.dropped,
+                cut=self.cut,
+                bad_records=self.bad_records,
+            )
+            meta = {"dtype": str(self.dtype), "stats": asdict(stats)}
+            (self.folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")

@@ -1,0 +1,69 @@
+"""Where files are found, and how they are written whole.
+
+A model, a tokenizer, a template and a dataset all come either from a local folder or from the Hugging Face
+hub. The hub side is huggingface_hub's: its cache, `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_TOKEN`, its progress bar.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def find_file(name_or_folder: str | Path, filename: str, revision: str | None = None) -> Path | None:
+    """The local path of `filename` in a folder or in a hub repository, or None where that has no such file.
+
+    Raises `FileNotFoundError` where neither the folder nor the hub repository can be reached.
+    """
+    if Path(name_or_folder).is_dir():
+        path = Path(name_or_folder) / filename
+        return path if path.is_file() else None
+    name = str(name_or_folder)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}: no such folder (and not a hub id, which reads OWNER/NAME)")
+    return fetch(name, filename, revision)
+
+
+def fetch(repo_id: str, filename: str, revision: str | None = None, repo_type: str = "model") -> Path | None:
+    """Downloads one file of a hub repository into huggingface_hub's cache, or finds it there."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type))
+    except errors.LocalEntryNotFoundError as error:  # offline, and not in the cache: a subclass of the next
+        raise FileNotFoundError(
+            f"{repo_id}: no such folder here, and the hub cannot be reached for {filename} "
+            "(give a local folder, or download once with a network)"
+        ) from error
+    except errors.EntryNotFoundError:
+        return None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        where = f" at revision {revision}" if revision else ""
+        raise FileNotFoundError(
+            f"{repo_id}: no such folder here, and no such {repo_type} on the hub{where} (a private one needs HF_TOKEN)"
+        ) from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, and moves it into place when the block ends well.
+
+    A reader sees the old file or the new one, never half of one, and a memory map of the old one stays valid.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,106 @@
+"""A checkpoint's files in Hugging Face's layout: read, checked and written.
+
+Weights are safetensors, in one file or in shards named by an index. A pickle is never opened.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from minigpt.files import find_file, whole_file
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class SkipInit(TorchFunctionMode):
+    """Modules made under it keep their parameters as they are: the checkpoint is about to replace them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def read_config(name_or_folder: str | Path, revision: str | None = None) -> dict:
+    """The contents of config.json."""
+    path = find_file(name_or_folder, "config.json", revision)
+    if path is None:
+        raise FileNotFoundError(f"{name_or_folder}: no config.json, so this is not a model")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+
+
+def read_weights(name_or_folder: str | Path, revision: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by the file's own names, memory-mapped, on the CPU."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(name_or_folder, revision):
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
+    return tensors
+
+
+def _weight_files(name_or_folder: str | Path, revision: str | None) -> list[Path]:
+    if single := find_file(name_or_folder, WEIGHTS, revision):
+        return [single]
+    if index := find_file(name_or_folder, INDEX, revision):
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = {shard: find_file(name_or_folder, shard, revision) for shard in shards}
+        missing = [shard for shard, path in paths.items() if path is None]
+        if missing:
+            raise FileNotFoundError(f"{index}: names {', '.join(missing)}, which is not there")
+        return [path for path in paths.values() if path is not None]
+    at = f" at revision {revision}" if revision else ""
+    if find_file(name_or_folder, "pytorch_model.bin", revision):
+        raise FileNotFoundError(
+            f"{name_or_folder}{at}: only a pickle (pytorch_model.bin), which can run code and is never opened; "
+            "on the hub a safetensors copy is usually at --revision refs/pr/1"
+        )
+    raise FileNotFoundError(f"{name_or_folder}{at}: no {WEIGHTS} and no {INDEX}")
+
+
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuses missing tensors, unexpected ones and wrong shapes, naming them."""
+    problems = []
+    if missing := sorted(expected.keys() - found.keys()):
+        problems.append(f"missing {_few(missing)}")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        problems.append(f"unexpected {_few(unexpected)}")
+    for name in sorted(expected.keys() & found.keys()):
+        if expected[name].shape != found[name].shape:
+            problems.append(f"{name} is {tuple(found[name].shape)}, not {tuple(expected[name].shape)}")
+    if problems:
+        raise ValueError(f"{source}: the weights do not fit its config.json: {'; '.join(problems[:4])}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def write_model(folder: str | Path, config: dict, weights: Mapping[str, Tensor]) -> None:
+    """Writes config.json, generation_config.json and model.safetensors, each whole or not at all."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    with whole_file(folder / WEIGHTS) as path:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path, {"format": "pt"}
+        )
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
+    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
+    for name, content in {
+        "config.json": {**config, "dtype": dtypes.pop() if len(dtypes) == 1 else "float32"},
+        "generation_config.json": generation,
+    }.items():
+        with whole_file(folder / name) as path:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

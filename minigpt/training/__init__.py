@@ -1,0 +1,1 @@
+"""`Batch` in, weights out: optimizer, engine, loop."""

@@ -1,0 +1,109 @@
+"""What a run tells: a line or a bar while it runs, `metrics.jsonl` for every step, `loss.png` of the whole."""
+
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from minigpt.arguments import TrainConfig
+from minigpt.distributed import is_main, progress_bar, say
+from minigpt.training.run import LOSS_PICTURE, METRICS
+
+
+class Metrics:
+    """Writes each step's numbers on rank 0. Without an `output_dir` it only prints."""
+
+    def __init__(self, config: TrainConfig, total_steps: int):
+        self.total_steps = total_steps
+        self.logging_steps = config.logging_steps
+        self.folder = Path(config.output_dir) if config.output_dir and is_main() else None
+        self.file: IO[str] | None = None
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self.bar = progress_bar(total_steps, "step", "training")
+        self.started = time.perf_counter()
+
+    def evaluated(self, step: int, val_loss: float | None) -> None:
+        """An evaluation without a step: the one before training."""
+        if val_loss is not None:
+            self._write({"step": step, "val_loss": val_loss})
+            say(f"step {step:,}/{self.total_steps:,}  val_loss {val_loss:.4f}")
+        self.started = time.perf_counter()
+
+    def log(self, line: dict[str, Any]) -> None:
+        self._write(line)
+        step = line["step"]
+        text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad {line['grad_norm']:.2f}"
+        self.bar.set_postfix_str(f"{text}  {line['tokens_per_s']:,.0f} tok/s", refresh=False)
+        self.bar.update(step - self.bar.n)
+        evaluated = f"  val_loss {line['val_loss']:.4f}" if "val_loss" in line else ""
+        left = (time.perf_counter() - self.started) / step * (self.total_steps - step)
+        if evaluated or (self.bar.disable and (step % self.logging_steps == 0 or step == 1)):
+            self.pause()
+            say(
+                f"step {step:,}/{self.total_steps:,}  {text}{evaluated}  "
+                f"{line['tokens_per_s']:,.0f} tok/s  {_clock(left)} left"
+            )
+        if evaluated and self.folder is not None:
+            draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
+
+    def pause(self) -> None:
+        """Clears the bar before something else is printed."""
+        self.bar.clear()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file is not None and self.folder is not None:
+            self.file.close()
+            draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+
+def draw_losses(metrics: Path, picture: Path) -> bool:
+    """Training and validation loss over steps, with the tokens read along the top. False without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "val_loss" in line]
+    if not steps:
+        return False
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per supervised token)")
+    xs = [line["step"] for line in steps]
+    axes.plot(xs, [line["loss"] for line in steps], color="tab:blue", alpha=0.35, linewidth=1)
+    axes.plot(xs, _smooth([line["loss"] for line in steps]), color="tab:blue", label="training")
+    if evaluations:
+        points = [line["step"] for line in evaluations], [line["val_loss"] for line in evaluations]
+        axes.plot(*points, "o-", color="tab:orange", markersize=4, label="validation")
+    tokens_per_step = steps[-1]["tokens"] / steps[-1]["step"]
+    top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
+    top.set_xlabel("tokens")
+    top.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    return True
+
+
+def _smooth(values: list[float], decay: float = 0.9) -> list[float]:
+    """Exponential moving average without the pull of its start."""
+    mean, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        smooth.append(mean / weight)
+    return smooth
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

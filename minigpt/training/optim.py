@@ -1,0 +1,44 @@
+"""AdamW as GPT-2 is trained: decay on matrices only, warmup and decay of the learning rate."""
+
+import math
+
+import torch
+from torch import nn
+
+from minigpt.arguments import TrainConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Loshchilov & Hutter 2019 (arXiv:1711.05101). Weight decay on matrices; biases and LayerNorms go without."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=all(p.device.type in ("cpu", "cuda", "mps") for p in parameters),
+    )
+
+
+def learning_rate(applied_steps: int, total_steps: int, config: TrainConfig) -> float:
+    """The rate of the next step: a pure function of how many steps were applied before it.
+
+    It climbs in a line over `warmup_steps`, then follows a half cosine (SGDR, arXiv:1608.03983) or a line down to
+    `min_lr_ratio` of its peak, or stays.
+
+    >>> config = TrainConfig(learning_rate=1.0, warmup_steps=2)
+    >>> [round(learning_rate(step, 6, config), 3) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    if applied_steps < config.warmup_steps:
+        return config.learning_rate * (applied_steps + 1) / config.warmup_steps
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    decay_steps = max(1, total_steps - config.warmup_steps)
+    progress = min(1.0, (applied_steps - config.warmup_steps) / decay_steps)
+    factor = 1.0 - progress if config.lr_scheduler_type == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * factor)

@@ -1,0 +1,142 @@
+"""Supervised instruction tuning: conversations in, a model that answers out.
+
+    python sft.py --model_name_or_path openai-community/gpt2 --data instruction-data.json
+
+Read on in minigpt/data/prompts.py (what the model sees), minigpt/data/collate.py (the shift, the mask) and
+minigpt/training/loop.py (the step).
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minigpt.arguments import DataArguments, ModelArguments, PromptArguments, TrainConfig, check_range, require
+from minigpt.config import run
+from minigpt.distributed import pick_device, say
+
+
+@dataclass
+class SFTConfig(TrainConfig, PromptArguments, DataArguments, ModelArguments):
+    """Teach a GPT-2 to follow instructions."""
+
+    max_seq_length: int | None = None
+    """Longest example in tokens; a longer one is cut. Unset: the model's context."""
+    train_on_prompt: bool = False
+    """Learn the whole text, and not the answers alone."""
+    replay_data: list[str] = field(default_factory=list)
+    """Raw text of earlier training, mixed into every step against forgetting."""
+    replay_ratio: float = 0.25
+    """Blocks of replay_data for each example of a step."""
+    eval_samples: int = 2
+    """Sample answers to show at each evaluation."""
+    max_new_tokens: int = 128
+    """Longest answer, of the samples and of predict."""
+    inspect: int = 0
+    """Print this many examples as the model will see them, and the statistics of data; then stop."""
+    eval_only: bool = False
+    """Take the loss on data; then stop."""
+    predict: str | None = None
+    """Answer this dataset and write the answers to output_dir/predictions.jsonl, with their scores; then stop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "at least 1", lambda x: x >= 1, "max_seq_length", "max_new_tokens")
+        check_range(self, "at least 0", lambda x: x >= 0, "replay_ratio", "eval_samples", "inspect", "skip_bad_records")
+        check_range(self, "at least 0 and below 1", lambda x: 0 <= x < 1, "validation_split")
+
+
+def main(config: SFTConfig) -> None:
+    # Imported here, so that --help need not wait for torch.
+    from minigpt.data.inspect import show_examples
+    from minigpt.data.prompts import get_template, template_of
+    from minigpt.data.store import Blocks, build_store, build_text_store, split
+    from minigpt.data.tokenizer import Tokenizer
+    from minigpt.inference.predict import predict_file, show_answers
+    from minigpt.model.gpt2 import GPT, GPTConfig
+    from minigpt.training.checkpoint import export
+    from minigpt.training.engine import make_engine
+    from minigpt.training.loop import evaluate, train
+    from minigpt.training.run import run_folder
+
+    # ---- what the model's folder says
+    name = require(config, "model_name_or_path", "a folder or a hub id, such as openai-community/gpt2")
+    revision, device = config.revision, pick_device(config.device)
+    model_config = GPTConfig.from_pretrained(name, revision, **config.config_changes)
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision)
+    model_config.check_vocabulary(tokenizer.vocab_size)
+    template = get_template(config.template or template_of(name, revision), **config.triggers)
+    max_seq_length = config.max_seq_length or model_config.n_positions
+    if max_seq_length > model_config.n_positions:
+        raise ValueError(
+            f"--max_seq_length {max_seq_length} is more than the model's context of {model_config.n_positions}"
+        )
+    encoding = (template, tokenizer, max_seq_length, config.train_on_prompt)
+
+    # ---- a look at the data, the loss on it, or answers, and no training
+    if config.predict:
+        model = GPT.from_pretrained(name, revision=revision, device=device)
+        predict_file(
+            config.predict,
+            Path(config.output_dir or "runs/sft"),
+            model,
+            tokenizer,
+            template,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.per_device_eval_batch_size,
+            overwrite=config.overwrite_output_dir,
+        )
+        return
+    require(config, "data", "a file, a folder, a glob or hf://datasets/OWNER/NAME/FILE")
+    if config.inspect:
+        show_examples(config.data, config.inspect, *encoding)
+
+    def read(paths: list[str]):
+        store = build_store(paths, *encoding, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir)
+        say(f"{' '.join(paths)}: {store.stats}")
+        return store
+
+    if config.inspect:
+        read(config.data)
+        return
+    if config.eval_only:
+        engine = make_engine(GPT.from_pretrained(name, revision=revision, device=device), config)
+        loss = evaluate(engine, read(config.data), config.per_device_eval_batch_size)
+        say(f"loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+        return
+
+    # ---- data, model, training
+    with run_folder(config, "runs/sft") as folder:
+        train_data, eval_data, replay_data = read(config.data), None, None
+        if config.validation_data:
+            eval_data = read(config.validation_data)
+        elif config.validation_split:
+            train_data, eval_data = split(train_data, config.validation_split, config.seed)
+        if config.replay_data:
+            replay_data = Blocks(
+                build_text_store(config.replay_data, tokenizer, cache_dir=config.cache_dir), max_seq_length
+            )
+        model = GPT.from_pretrained(name, revision=revision, device=device, **config.config_changes)
+        say(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
+        engine = make_engine(model, config)
+        try:
+            result = train(
+                config,
+                engine,
+                train_data,
+                eval_data,
+                replay_data=replay_data,
+                replay_ratio=config.replay_ratio,
+                on_eval=lambda module, step: show_answers(
+                    module, tokenizer, eval_data, config.eval_samples, config.max_new_tokens
+                ),
+                export=lambda weights, to: export(
+                    to, model, tokenizer, template, weights, f"Instruction-tuned on {' '.join(config.data)}."
+                ),
+            )
+        finally:
+            engine.close()
+        say(result.table(folder))
+
+
+if __name__ == "__main__":
+    run(main, SFTConfig)

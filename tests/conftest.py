@@ -1,0 +1,24 @@
+"""What the tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data (the GPT-2 vocabulary, instruction data) that lies beside a developer's checkout."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: this test reads real data that is not part of the project")
+    return folder
+
+
+@pytest.fixture
+def hub_server(tmp_path: Path) -> Iterator:
+    """A Hugging Face hub on the loopback interface; `hub_server.HubServer` says how to fill and ask it."""
+    from .hub_server import serve_hub
+
+    with serve_hub(tmp_path / "hub", tmp_path / "hf_home") as server:
+        yield server

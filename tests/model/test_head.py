@@ -1,0 +1,84 @@
+"""The fused head and loss equal the naive computation, whole tensors."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minigpt.model import head
+from minigpt.model.head import linear_cross_entropy
+
+
+def case(dtype=torch.float32, rows=3, length=50, width=24, vocabulary=97):
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, length, width, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, dtype=dtype).requires_grad_()
+    targets = torch.randint(0, vocabulary, (rows, length))
+    targets[torch.rand(rows, length) < 0.4] = -100
+    return hidden, weight, targets
+
+
+def naive(hidden, weight, targets):
+    return F.cross_entropy((hidden @ weight.t()).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 10_000])
+def test_loss_and_gradients_equal_the_naive_ones_in_chunks_of_any_size(monkeypatch, rows_at_once):
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows_at_once * 97)
+    hidden, weight, targets = case(torch.float64)
+    nll_sum, n_tokens = linear_cross_entropy(hidden, weight, targets)
+    assert n_tokens == (targets != -100).sum()
+    got = torch.autograd.grad(nll_sum * 0.37, [hidden, weight])
+    expected_loss = naive(hidden, weight, targets)
+    expected = torch.autograd.grad(expected_loss * 0.37, [hidden, weight])
+    torch.testing.assert_close(nll_sum, expected_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_without_gradients_the_loss_is_the_same():
+    hidden, weight, targets = case()
+    with torch.no_grad():
+        alone, _ = linear_cross_entropy(hidden, weight, targets)
+    assert torch.equal(alone, linear_cross_entropy(hidden, weight, targets)[0].detach())
+
+
+def test_nothing_supervised_gives_zero_and_zero_gradients():
+    """A rank with nothing left runs a filler through the head: it must stay in the graph and weigh nothing."""
+    hidden, weight, targets = case()
+    nll_sum, n_tokens = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    gradients = torch.autograd.grad(nll_sum / max(1, int(n_tokens)), [hidden, weight])
+    assert nll_sum == 0
+    assert n_tokens == 0
+    assert all(gradient.eq(0).all() for gradient in gradients)
+
+
+def test_bf16_autocast_stays_close_and_sums_in_fp32():
+    hidden, weight, targets = case()
+    with torch.autocast("cpu", torch.bfloat16):
+        nll_sum, _ = linear_cross_entropy(hidden, weight, targets)
+    d_hidden, d_weight = torch.autograd.grad(nll_sum, [hidden, weight])
+    assert nll_sum.dtype == torch.float32
+    assert d_hidden.dtype == d_weight.dtype == torch.float32
+    expected = torch.autograd.grad(naive(hidden, weight, targets), [hidden, weight])
+    assert nll_sum.item() == pytest.approx(naive(hidden, weight, targets).item(), rel=5e-3)
+    for got, wanted in zip((d_hidden, d_weight), expected, strict=True):
+        assert ((got - wanted).norm() / wanted.norm()).item() < 2e-2
+
+
+def test_the_full_logits_never_exist(monkeypatch):
+    """The point of it all: no tensor of (supervised tokens, vocabulary) is ever made."""
+    hidden, weight, targets = case(length=400, vocabulary=1000)
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 16 * 1000)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Watch():
+        linear_cross_entropy(hidden, weight, targets)[0].backward()
+    assert largest == max(hidden.numel(), weight.numel())

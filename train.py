@@ -1,0 +1,124 @@
+"""Pretraining-style continuation: raw text in, a model that writes more of it out.
+
+    python train.py --model_name_or_path openai-community/gpt2 --data the-verdict.txt
+    python train.py --config_name gpt2 --tokenizer_name gpt2 --data corpus/
+
+Read on in minigpt/data/store.py (text as blocks of tokens) and minigpt/training/loop.py (the step).
+"""
+
+from dataclasses import dataclass, replace
+
+from minigpt.arguments import DataArguments, ModelArguments, TrainConfig, check_range, require
+from minigpt.config import run
+from minigpt.distributed import pick_device, say
+
+
+@dataclass
+class PretrainConfig(TrainConfig, DataArguments, ModelArguments):
+    """Train a GPT-2 on raw text: continue from a model, or start from nothing."""
+
+    config_name: str | None = None
+    """Start from nothing in this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a config.json."""
+    block_size: int | None = None
+    """Tokens the model reads at once. Unset: its context."""
+    stride: int | None = None
+    """Tokens from one block's beginning to the next one's. Unset: block_size, so blocks do not overlap."""
+    sample_tokens: int = 40
+    """Length of the sample text shown at each evaluation; 0 shows none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.model_name_or_path) == bool(self.config_name):
+            raise ValueError(
+                "give either --model_name_or_path, to continue from a model, or --config_name, to start anew"
+            )
+        check_range(self, "at least 1", lambda x: x >= 1, "block_size", "stride")
+        check_range(self, "at least 0", lambda x: x >= 0, "sample_tokens", "skip_bad_records")
+        check_range(self, "at least 0 and below 1", lambda x: 0 <= x < 1, "validation_split")
+
+
+def main(config: PretrainConfig) -> None:
+    # Imported here, so that --help need not wait for torch.
+    import torch
+
+    from minigpt.data.prompts import get_template
+    from minigpt.data.store import Blocks, build_text_store
+    from minigpt.data.tokenizer import Tokenizer
+    from minigpt.inference.predict import show_text
+    from minigpt.model.gpt2 import GPT, PRESETS, GPTConfig
+    from minigpt.training.checkpoint import export
+    from minigpt.training.engine import make_engine
+    from minigpt.training.loop import train
+    from minigpt.training.run import run_folder
+
+    require(config, "data", "a text file, a folder, a glob or hf://datasets/OWNER/NAME/FILE")
+
+    # ---- tokenizer and shape
+    name = config.model_name_or_path
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name or "gpt2", config.revision)
+    if name:
+        model_config = GPTConfig.from_pretrained(name, config.revision, **config.config_changes)
+        model_config.check_vocabulary(tokenizer.vocab_size)
+    else:
+        start = GPTConfig.preset if config.config_name in PRESETS else GPTConfig.from_pretrained
+        model_config = replace(
+            start(config.config_name or ""),
+            vocab_size=tokenizer.vocab_size,
+            bos_token_id=tokenizer.eot_id,
+            eos_token_id=tokenizer.eot_id,
+            **config.config_changes,
+        )
+    block_size = config.block_size or model_config.n_positions
+    if block_size > model_config.n_positions:
+        raise ValueError(f"--block_size {block_size} is more than the model's context of {model_config.n_positions}")
+
+    with run_folder(config, "runs/train") as folder:
+        # ---- data: one stream of tokens, its end held out
+        def read(paths: list[str]):
+            store = build_text_store(
+                paths, tokenizer, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir
+            )
+            say(f"{' '.join(paths)}: {store.stats.examples:,} documents, {store.stats.tokens:,} tokens")
+            return store
+
+        store, eval_data = read(config.data), None
+        end = store.stats.tokens
+        if config.validation_data:
+            eval_data = Blocks(read(config.validation_data), block_size)
+        elif config.validation_split:
+            end -= max(2, round(end * config.validation_split))
+            eval_data = Blocks(store, block_size, start=end)
+        train_data = Blocks(store, block_size, config.stride, stop=end)
+
+        # ---- model and training
+        torch.manual_seed(config.seed)
+        if name:
+            model = GPT.from_pretrained(name, revision=config.revision, **config.config_changes)
+        else:
+            model = GPT(model_config)
+        model = model.to(pick_device(config.device))
+        say(f"{name or config.config_name}: {model.num_parameters():,} parameters; {len(train_data):,} blocks")
+        engine = make_engine(model, config)
+        try:
+            result = train(
+                config,
+                engine,
+                train_data,
+                eval_data,
+                on_eval=lambda module, step: show_text(module, tokenizer, eval_data, config.sample_tokens, config.seed),
+                export=lambda weights, to: export(
+                    to,
+                    model,
+                    tokenizer,
+                    get_template("none"),
+                    weights,
+                    f"Trained on the text of {' '.join(config.data)}.",
+                ),
+            )
+        finally:
+            engine.close()
+        say(result.table(folder))
+
+
+if __name__ == "__main__":
+    run(main, PretrainConfig)
