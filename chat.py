@@ -72,6 +72,8 @@ def main(config: ChatConfig) -> None:
         print()
         if chat.turns_dropped:
             print(f"({chat.turns_dropped} old turns no longer fit into the context)", file=sys.stderr)
+        if chat.tokens_cut:
+            print(f"(the first {chat.tokens_cut} tokens do not fit into the context: cut)", file=sys.stderr)
 
     if config.prompt is not None:
         answer(config.prompt, config.input)

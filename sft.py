@@ -30,7 +30,7 @@ class SFTConfig(TrainConfig, PromptArguments, DataArguments, ModelArguments):
     eval_samples: int = 2
     """Sample answers to show at each evaluation."""
     max_new_tokens: int = 128
-    """Longest answer, of the samples and of predict."""
+    """Longest answer in tokens, of the samples and of predict; never more than half of the model's context."""
     inspect: int = 0
     """Print this many examples as the model will see them, and the statistics of data; then stop."""
     eval_only: bool = False
@@ -64,12 +64,16 @@ def main(config: SFTConfig) -> None:
     model_config = GPTConfig.from_pretrained(name, revision, **config.config_changes)
     tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision)
     model_config.check_vocabulary(tokenizer.vocab_size)
-    template = get_template(config.template or template_of(name, revision), **config.triggers)
+    own = template_of(name, revision)
+    if get_template(own).name == "none":  # a base model's: there are no turns in it to teach
+        own = "alpaca"
+    template = get_template(config.template or own, **config.triggers)
     max_seq_length = config.max_seq_length or model_config.n_positions
     if max_seq_length > model_config.n_positions:
         raise ValueError(
             f"--max_seq_length {max_seq_length} is more than the model's context of {model_config.n_positions}"
         )
+    max_new_tokens = min(config.max_new_tokens, model_config.n_positions // 2)
     encoding = (template, tokenizer, max_seq_length, config.train_on_prompt)
 
     # ---- a look at the data, the loss on it, or answers, and no training
@@ -81,7 +85,7 @@ def main(config: SFTConfig) -> None:
             model,
             tokenizer,
             template,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             batch_size=config.per_device_eval_batch_size,
             overwrite=config.overwrite_output_dir,
         )
@@ -127,7 +131,7 @@ def main(config: SFTConfig) -> None:
                 replay_data=replay_data,
                 replay_ratio=config.replay_ratio,
                 on_eval=lambda module, step: show_answers(
-                    module, tokenizer, eval_data, config.eval_samples, config.max_new_tokens
+                    module, tokenizer, eval_data, config.eval_samples, max_new_tokens
                 ),
                 export=lambda weights, to: export(
                     to, model, tokenizer, template, weights, f"Instruction-tuned on {' '.join(config.data)}."

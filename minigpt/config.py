@@ -293,6 +293,6 @@ def _in_one_line(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {error.strerror}"
-    if message and isinstance(error, (ValueError, OSError, ImportError)):
+    if message and isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
         return message
     return f"{type(error).__name__}: {message or 'no message'} (--debug shows the traceback)"

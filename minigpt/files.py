@@ -5,10 +5,14 @@ hub. The hub side is huggingface_hub's: its cache, `HF_HUB_OFFLINE`, `HF_ENDPOIN
 """
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 
 def find_file(name_or_folder: str | Path, filename: str, revision: str | None = None) -> Path | None:
@@ -29,8 +33,11 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, repo_type: s
     """Downloads one file of a hub repository into huggingface_hub's cache, or finds it there."""
     from huggingface_hub import errors, hf_hub_download
 
+    offline = not _hub_is_reachable()
     try:
-        return Path(hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type))
+        return Path(
+            hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type, local_files_only=offline)
+        )
     except errors.LocalEntryNotFoundError as error:  # offline, and not in the cache: a subclass of the next
         raise FileNotFoundError(
             f"{repo_id}: no such folder here, and the hub cannot be reached for {filename} "
@@ -43,6 +50,23 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, repo_type: s
         raise FileNotFoundError(
             f"{repo_id}: no such folder here, and no such {repo_type} on the hub{where} (a private one needs HF_TOKEN)"
         ) from error
+
+
+@cache
+def _hub_is_reachable() -> bool:
+    """One look a process: huggingface_hub itself would try for half a minute, for every file."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():  # whoever asks through a proxy may not reach the hub directly
+        return True
+    url = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

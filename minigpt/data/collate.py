@@ -57,10 +57,10 @@ def collate(
     rows = []
     for index, item in enumerate(batch):
         if isinstance(item, Example):
-            ids = torch.from_numpy(np.array(item.ids, dtype=np.int64))
-            supervised = torch.from_numpy(np.array(item.supervised, dtype=bool))
+            ids = torch.from_numpy(np.asarray(item.ids).astype(np.int64))
+            supervised = torch.from_numpy(np.asarray(item.supervised).astype(bool))
         else:
-            ids = torch.from_numpy(np.array(item, dtype=np.int64))
+            ids = torch.from_numpy(np.asarray(item).astype(np.int64))
             if len(ids) == 0 or ids[-1] != pad_token_id:
                 ids = torch.cat([ids, ids.new_tensor([pad_token_id])])
             supervised = torch.ones_like(ids, dtype=torch.bool)

@@ -88,16 +88,14 @@ def fit_examples(
     limit = max_seq_length + 1
     rendered = [template.render(messages) for messages in conversations]
     for messages, segments, pieces in zip(conversations, rendered, _encode(rendered, tokenizer), strict=True):
-        cut_left: list[int] = []
-        while sum(map(len, pieces)) > limit and len(segments) > 3:  # more than one turn of prompt, answer, end
-            excess, turns, first = sum(map(len, pieces)) - limit, 0, int(messages[0]["role"] == "system")
-            while excess > 0 and len(segments) > 3 * (turns + 1):
-                excess -= sum(map(len, pieces[3 * turns : 3 * turns + 3]))
-                turns += 1
-            cut_left += [i for piece in pieces[: 3 * turns] for i in piece]
-            messages = [*messages[:first], *messages[first + 2 * turns :]]
-            segments = template.render(messages)  # the turn that is now the first has the preamble before it
-            pieces = _encode([segments], tokenizer)[0]
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        whole, dropped = pieces, 0
+        while sum(map(len, pieces)) > limit and len(pieces) > 3:  # more than one turn of prompt, answer, end
+            dropped += 1
+            turn = messages[len(system) + 2 * dropped :][:2]
+            first = template.render([*system, *turn])[:1]  # what begins a conversation stands before this turn now
+            pieces = [*_encode([first], tokenizer)[0], *whole[3 * dropped + 1 :]]
+        segments, cut_left = segments[3 * dropped :], [i for piece in whole[: 3 * dropped] for i in piece]
         joined = _join(segments, pieces)
         ids, supervised = list(joined.ids), list(joined.supervised)
         if train_on_prompt:

@@ -38,7 +38,7 @@ def show_example(
 ) -> str:
     """One example as text: in colour on a terminal, else `[supervised]` and `{cut: ...}` in brackets."""
     if color is None:
-        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     fitted = fit_example(messages, template, tokenizer, max_seq_length, train_on_prompt)
     spans: list[tuple[str, list[int]]] = [("cut", fitted.cut_left)]
     if fitted.example is not None:

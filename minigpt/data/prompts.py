@@ -12,9 +12,8 @@ hugchat is HugNLP/HugChat's; io and iio are those of ArmelRandy/Self-instruct.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +84,7 @@ class Template:
         segments: list[Segment] = []
         text = ""  # the prompt that gathers until the next answer
         rest = list(messages)
-        if rest and rest[0]["role"] == "text":
+        if len(rest) == 1 and rest[0]["role"] == "text":
             if add_generation_prompt:
                 return [Segment(rest[0]["content"], supervised=True)]
             return [Segment(rest[0]["content"], supervised=True), Segment(END_OF_TEXT, True, special=True)]
@@ -96,9 +95,9 @@ class Template:
         for index, message in enumerate(rest):
             expected = ("user", "assistant")[index % 2]
             if message["role"] != expected:
-                raise ValueError(f"message {index + 1} has the role {message['role']!r} where {expected!r} belongs")
+                raise ValueError(f"turn {index + 1} has the role {message['role']!r} where {expected!r} belongs")
             if expected == "user":
-                text += self.separator if index else ""
+                text += self._write(self.separator, message) if index else ""
                 text += self._write(self.user_with_input if message.get("input") else self.user, message)
             else:
                 segments += [
@@ -122,7 +121,7 @@ class Template:
         return tuple(stop.format(**self.triggers) for stop in self.stop)
 
     def _write(self, pattern: str, message: Message) -> str:
-        return pattern.format(**self.triggers, content=message["content"], context=message.get("input", ""))
+        return pattern.format(**self.triggers, content=message["content"], context=message.get("input") or "")
 
     def with_triggers(self, **words: str | None) -> "Template":
         """The same template with other trigger words; None keeps a word."""
@@ -149,7 +148,8 @@ class Template:
             "{%- for m in messages -%}"
             "{%- if m.role == 'text' -%}{{- m.content -}}{%- if not add_generation_prompt -%}"
             "{{- eos_token -}}{%- endif -%}"
-            f"{{%- elif m.role == 'system' -%}}{self._jinja(self.system)}"
+            "{%- elif m.role == 'system' and (loop.length > 2 or add_generation_prompt) -%}"
+            f"{self._jinja(self.system)}"
             "{%- elif m.role == 'user' -%}"
             "{%- if not loop.last or add_generation_prompt -%}"
             f"{{%- if loop.first -%}}{first}"
@@ -161,7 +161,7 @@ class Template:
 
     def _jinja(self, pattern: str) -> str:
         """`a {content} b` -> `{{- 'a ' ~ m.content ~ ' b' -}}`, trigger words filled in."""
-        marks = {"content": "\0m.content\0", "context": "\0m.input\0"}
+        marks = {"content": "\0m.content\0", "context": "\0(m.input or '')\0"}
         pieces = pattern.format(**self.triggers, **marks).split("\0")  # text, expression, text, ...
         parts = [piece if index % 2 else _jinja_string(piece) for index, piece in enumerate(pieces) if piece]
         return "{{- " + " ~ ".join(parts) + " -}}" if parts else ""
@@ -172,7 +172,9 @@ class Template:
 
 
 def _jinja_string(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+    for character, escape in {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r"}.items():
+        text = text.replace(character, escape)
+    return f"'{text}'"
 
 
 _HEADINGS = {"instruction": "Instruction", "input": "Input", "output": "Response"}
@@ -262,26 +264,31 @@ def template_of(model: str | Path, revision: str | None = None) -> str | Path:
 
 
 def _read(folder: str | Path) -> Template:
-    path = Path(folder)
-    if path.name != TEMPLATE_FILE:
-        try:
-            path = find_file(folder, TEMPLATE_FILE) or Path()
-        except FileNotFoundError:
-            path = Path()
-    if not path.is_file():
+    try:
+        path = Path(folder) if Path(folder).name == TEMPLATE_FILE else find_file(folder, TEMPLATE_FILE)
+    except FileNotFoundError:
+        path = None
+    if path is None or not path.is_file():
         raise ValueError(
             f"no template {str(folder)!r}; one of {', '.join(TEMPLATES)}, or a folder with {TEMPLATE_FILE}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    known = {field.name for field in fields(Template)}
-    if not isinstance(values, dict) or not {"name", "user", "user_with_input"} <= values.keys() <= known:
-        raise ValueError(f"{path}: a template has the keys {', '.join(sorted(known))}")
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    shape = json.loads(json.dumps(asdict(_ALPACA)))
+    if not isinstance(values, dict) or not {"name", "user", "user_with_input"} <= values.keys() <= shape.keys():
+        raise ValueError(f"{path}: a template has the keys {', '.join(shape)}")
+    for name, value in values.items():
+        if type(value) is not type(shape[name]):
+            raise ValueError(f"{path}: {name} is {json.dumps(value)}, expected the like of {json.dumps(shape[name])}")
     template = Template(**{**values, "stop": tuple(values.get("stop", ()))})
-    placeholders = {"content", "context", *template.triggers}
-    for name in ("user", "user_with_input", "answer", "preamble", "preamble_with_input", "system", "separator"):
-        if unknown := set(re.findall(r"(?<!\{)\{(\w+)\}", values.get(name, ""))) - placeholders:
-            raise ValueError(f"{path}: {name} names {{{min(unknown)}}}, which is no trigger word and no content")
+    try:  # every pattern, so that a broken one is named here and not in the middle of a run
+        template.to_jinja()
+        template.stop_strings()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        known = ", ".join(["content", "context", *template.triggers])
+        raise ValueError(
+            f"{path}: {error!r}: a pattern may hold {known} in braces; a literal brace is doubled"
+        ) from error
     return template

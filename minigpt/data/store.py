@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -19,9 +20,10 @@ import numpy as np
 from minigpt.data.dataset import Example, Ids, Mask, fit_examples
 from minigpt.data.prompts import Template
 from minigpt.data.records import read_records, read_texts
-from minigpt.data.streams import find_data_files
+from minigpt.data.streams import find_data_files, is_raw_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import progress_bar
+from minigpt.version import __version__
 
 FORMAT = 1  # of the files below; a change makes new stores
 CONVERSATIONS = 1024  # encoded together, so that the tokenizer can use its threads
@@ -68,8 +70,7 @@ class TokenStore(Sequence[Example]):
         return len(self.lengths)
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        index = range(len(self))[index]  # refuses what lies outside
         span = slice(self.offsets[index], self.offsets[index + 1])
         return Example(self.ids[span], self.supervised[span])
 
@@ -86,7 +87,7 @@ class Blocks(Sequence[Example]):
     ):
         self.ids = store.ids[start:stop]
         self.block_size = block_size
-        self.stride = stride or block_size
+        self.stride = block_size if stride is None else stride
         if not 1 <= self.stride <= block_size:
             raise ValueError(
                 f"--stride {stride} must lie between 1 and --block_size {block_size}, or tokens are skipped"
@@ -182,10 +183,14 @@ def build_text_store(
     key = _key(files, "text", tokenizer.fingerprint, skip_bad_records)
 
     def fill(writer: "_Writer") -> None:
-        for document in read_texts(files, skip_bad_records=skip_bad_records, on_bytes=writer.bar.update):
+        bad: list[str] = []
+        for document in read_texts(
+            files, skip_bad_records=skip_bad_records, bad_records=bad, on_bytes=writer.bar.update
+        ):
             for piece in document:
                 writer.extend(tokenizer.encode(piece))
             writer.add([tokenizer.eot_id], [True])
+        writer.bad_records = len(bad)
 
     return _open(key, tokenizer, files, fill, cache_dir)
 
@@ -196,8 +201,9 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
 
 def _key(files: Iterable[Path], *settings) -> str:
     """A hash of the files' bytes and of everything else that the ids depend on."""
-    digest = hashlib.blake2b(json.dumps([FORMAT, *settings], sort_keys=True).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([__version__, FORMAT, *settings], sort_keys=True).encode(), digest_size=16)
     for path in files:
+        digest.update(b"text" if is_raw_text(path) else b"json")  # the same bytes are read otherwise under .txt
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
@@ -230,8 +236,7 @@ class _Writer:
         self.folder = folder
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         self.bar = progress_bar(total_bytes, "B", "tokenizing", unit_scale=True)
-        self.lengths: list[int] = []
-        self.prompt_lengths: list[int] = []
+        self.lengths, self.prompt_lengths = array("q"), array("q")  # 8 bytes an example; a list takes 40
         self.open = self.tokens = self.supervised_tokens = self.dropped = self.cut = self.bad_records = 0
 
     def __enter__(self) -> "_Writer":

@@ -79,7 +79,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> "Tokenizer":
-        """Reads a local folder, a repository of the Hugging Face hub, or a `.tiktoken` file.
+        """Reads a local folder, a repository of the Hugging Face hub, a `.tiktoken` file, or `tiny`.
 
         Of the files in a folder, `vocab.json` with `merges.txt` goes before `tokenizer.json` before one `*.tiktoken`.
         The name `gpt2` also works without the hub where tiktoken's cache (`TIKTOKEN_CACHE_DIR`) holds GPT-2's files.
@@ -87,6 +87,8 @@ class Tokenizer:
         Raises `FileNotFoundError` where there are no such files, and `ValueError` where one is broken or describes
         another kind of tokenizer.
         """
+        if name_or_path == "tiny":
+            return cls.tiny()
         if Path(name_or_path).suffix == ".tiktoken":
             return cls._from_rank_file(Path(name_or_path))
         try:
@@ -139,7 +141,7 @@ class Tokenizer:
             _read_json(files[name]) if name in files else {}
             for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
         )
-        if pipeline:
+        if "tokenizer.json" in files:
             _check_pipeline(pipeline, files["tokenizer.json"])
         if config.get("add_prefix_space"):
             raise ValueError(f"{files['tokenizer_config.json']}: add_prefix_space is true (only false is supported)")
@@ -209,6 +211,8 @@ class Tokenizer:
         # tiktoken frees the interpreter's lock while it works. A job is many texts, not one as in tiktoken's own
         # encode_ordinary_batch: to hand over one short text takes longer than to encode it.
         jobs = [texts[i : i + 32] for i in range(0, len(texts), 32)]
+        if len(jobs) < 2:
+            return [self.encode(text) for text in texts]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return [ids for job in pool.map(lambda job: [self.encode(text) for text in job], jobs) for ids in job]
 
@@ -307,11 +311,11 @@ def _to_text(token: bytes) -> str:
 
 def _last_merge(token: bytes, ranks: dict[bytes, int], source: str | Path) -> tuple[bytes, bytes]:
     """The two parts whose merge makes `token`: what byte-pair encoding of its bytes by the lower ranks leaves."""
-    parts = [token[i : i + 1] for i in range(len(token))]
+    rank, parts = ranks[token], [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        unions = [ranks.get(left + right, ranks[token]) for left, right in pairwise(parts)]
+        unions = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
         lowest = min(unions)
-        if lowest >= ranks[token]:
+        if lowest >= rank:
             raise ValueError(
                 f"{source}: no two tokens of lower ids make {token!r} (number them in the order of merging)"
             )

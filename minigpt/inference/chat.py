@@ -18,24 +18,25 @@ class Chat:
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def ask(self, content: str, context: str | None = None) -> Iterator[str]:
-        """Adds a user message (with Alpaca's input as `context`), and yields the answer as it is written.
+        """Answers a user message (with Alpaca's input as `context`), and yields the answer as it is written.
 
-        The whole answer, without the blanks around it, joins the messages when the last piece was taken.
+        Question and answer, without the blanks around it, join the messages at the end, also where the reader stops
+        listening in the middle. `turns_dropped` and `tokens_cut` then say what no longer fitted, as in `fit_prompt`.
         """
-        self.messages.append({"role": "user", "content": content, **({"input": context} if context else {})})
-        ids, self.turns_dropped = fit_prompt(
-            self.messages,
-            self.template,
-            self.tokenizer,
-            self.model.config.n_positions - self.sampling["max_new_tokens"],
+        question: Message = {"role": "user", "content": content, **({"input": context} if context else {})}
+        room = self.model.config.n_positions - self.sampling["max_new_tokens"]
+        ids, self.turns_dropped, self.tokens_cut = fit_prompt(
+            [*self.messages, question], self.template, self.tokenizer, room
         )
         answer = ""
-        for piece in _until_stop(self._pieces(ids), self.template.stop_strings()):
-            piece = piece if answer else piece.lstrip()
-            answer += piece
-            if piece:
-                yield piece
-        self.messages.append({"role": "assistant", "content": answer.rstrip()})
+        try:
+            for piece in _until_stop(self._pieces(ids), self.template.stop_strings()):
+                piece = piece if answer else piece.lstrip()
+                answer += piece
+                if piece:
+                    yield piece
+        finally:
+            self.messages += [question, {"role": "assistant", "content": answer.rstrip()}]
 
     def _pieces(self, ids: list[int]) -> Iterator[str]:
         decoder = self.tokenizer.stream_decoder()
@@ -44,13 +45,13 @@ class Chat:
         for token in stream(self.model, ids, eos_id=eot_id, stop=stop, tokenizer=self.tokenizer, **self.sampling):
             if token != eot_id:
                 yield decoder.feed(token)
-        yield decoder.flush()
+        # and no flush: half a character, where max_new_tokens cut it, is not shown
 
 
 def fit_prompt(
     messages: Sequence[Message], template: Template, tokenizer: Tokenizer, room: int
-) -> tuple[list[int], int]:
-    """The prompt's ids, at most `room` of them, and how many of the oldest turns were left out for that.
+) -> tuple[list[int], int, int]:
+    """The prompt's ids, at most `room` of them, how many of the oldest turns were left out, how many ids were cut.
 
     The system message stays. A last message that is too long by itself loses its left end, as in training.
 
@@ -60,13 +61,18 @@ def fit_prompt(
     if room < 1:
         raise ValueError(f"room for {room} tokens of prompt: --max_new_tokens leaves nothing of the model's context")
     first = int(messages[0]["role"] == "system")
-    turns_dropped = 0
-    while True:
-        kept = [*messages[:first], *messages[first + 2 * turns_dropped :]]
-        ids = list(encode_segments(template.render(kept, add_generation_prompt=True), tokenizer).ids)
-        if len(ids) <= room or len(kept) == first + 1:
-            return ids[-room:], turns_dropped
-        turns_dropped += 1
+
+    def from_message(start: int) -> list[int]:
+        kept = [*messages[:first], *messages[start:]]
+        return list(encode_segments(template.render(kept, add_generation_prompt=True), tokenizer).ids)
+
+    start = len(messages) - 1
+    ids = from_message(start)
+    if len(ids) > room:
+        return ids[-room:], (start - first) // 2, len(ids) - room
+    while start > first and len(longer := from_message(start - 2)) <= room:
+        ids, start = longer, start - 2
+    return ids, (start - first) // 2, 0
 
 
 def _until_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:

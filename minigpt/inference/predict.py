@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from minigpt.data.dataset import encode_segments
 from minigpt.data.order import deal
 from minigpt.data.prompts import Message, Template
 from minigpt.data.records import read_records
@@ -13,6 +12,7 @@ from minigpt.data.store import Blocks, Subset, TokenStore
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import progress_bar, say
 from minigpt.files import whole_file
+from minigpt.inference.chat import fit_prompt
 from minigpt.inference.sampling import generate
 from minigpt.model.gpt2 import GPT
 
@@ -62,21 +62,20 @@ def predict(
 
     Args:
         conversations: each ends with the assistant's message that is the reference.
-        max_new_tokens: room for an answer; a prompt that leaves less of the context loses its left end.
+        max_new_tokens: room for an answer; a prompt that leaves less of the context is cut as in chat.
         batch_size: conversations answered together, alike in length.
 
     Raises:
-        ValueError: a conversation does not end with an assistant's message.
+        ValueError: a conversation does not end with a question and its answer; or no room is left for prompts.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     prompts = []
     for index, messages in enumerate(conversations):
-        if not messages or messages[-1]["role"] != "assistant":
-            raise ValueError(f"conversation {index} has no answer to compare with")
-        ids = list(encode_segments(template.render(messages[:-1], add_generation_prompt=True), tokenizer).ids)
-        prompts.append(ids[-max(1, model.config.n_positions - max_new_tokens) :])
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise ValueError(f"conversation {index} has no question, or no answer to compare with")
+        prompts.append(fit_prompt(messages[:-1], template, tokenizer, model.config.n_positions - max_new_tokens)[0])
     found: list[Prediction | None] = [None] * len(prompts)
     with progress_bar(len(prompts), "answer", "answering") as bar:
         for places in deal([len(prompt) for prompt in prompts], batch_size):
@@ -121,11 +120,16 @@ def predict_file(
 
     Raises:
         FileExistsError: the folder holds predictions already, and `overwrite` is not set.
+        ValueError: a record that is no question and answer, named with its file and line.
     """
     target = folder / "predictions.jsonl"
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target}: is there already; give another --output_dir, or --overwrite_output_dir")
-    conversations = [conversation.messages for conversation in read_records(path)]
+    conversations = []
+    for conversation in read_records(path):
+        if conversation.messages[0]["role"] == "text":
+            raise ValueError(f"{conversation.source}: plain text, expected a question and its answer")
+        conversations.append(conversation.messages)
     predictions = predict(
         model, tokenizer, template, conversations, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
@@ -150,7 +154,8 @@ def show_answers(
         ids, start = [int(i) for i in data[index].ids], int(data.prompt_lengths[index])
         if start == 0:
             continue  # a text: there is no question in it
-        prompt, reference = ids[max(0, start - room) : start], ids[start:]
+        end = ids.index(tokenizer.eot_id, start) + 1 if tokenizer.eot_id in ids[start:] else len(ids)
+        prompt, reference = ids[max(0, start - room) : start], ids[start:end]
         [answer] = generate(model, [prompt], max_new_tokens=max_new_tokens, eos_id=tokenizer.eot_id)
         for name, part in {"prompt": prompt, "reference": reference, "answer": answer}.items():
             text = tokenizer.decode(part)

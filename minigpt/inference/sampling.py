@@ -93,11 +93,11 @@ def _rounds(
     if not prompts or max_new_tokens == 0:
         return
     seeds = (
-        list(seed)
-        if isinstance(seed, Sequence)
-        else [None if seed is None else seed + row for row in range(len(prompts))]
+        seed if isinstance(seed, Sequence) else [None if seed is None else seed + row for row in range(len(prompts))]
     )
-    random = [_random_stream(seed) for seed in seeds]
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    random = [_random_stream(own) for own in seeds]
     watches = [_StopWatch(stop, tokenizer) for _ in prompts]
 
     # ---- read the prompts

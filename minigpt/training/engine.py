@@ -4,6 +4,7 @@ One promise, which every engine keeps: gradients are summed over a window's micr
 loss. The loop does not know which engine it has.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class StepInfo(NamedTuple):
     grad_norm: float
     """L2 norm of all gradients before clipping."""
     skipped: bool = False
-    """The step was not applied, because its gradients overflowed."""
+    """The step was not applied, because its gradients were not finite."""
     loss_scale: float = 1.0
 
 
@@ -45,13 +46,14 @@ class TorchEngine:
         loss.backward()
 
     def step(self, lr: float) -> StepInfo:
-        """Clips, applies and clears the gradients."""
-        grad_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        """Clips, applies and clears the gradients; those that are not finite are cleared and not applied."""
+        grad_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm).item()
+        if finite := math.isfinite(grad_norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepInfo(grad_norm.item())
+        return StepInfo(grad_norm, skipped=not finite)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """All weights."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt.arguments import TrainConfig
 from minigpt.data.collate import collate
@@ -23,6 +23,8 @@ from minigpt.training.engine import TorchEngine
 from minigpt.training.metrics import Metrics
 from minigpt.training.optim import learning_rate
 from minigpt.training.run import EXPORT, EXPORT_BEST, remove
+
+PAD = 0  # any id of the vocabulary: padding stands behind all that counts, and its targets are ignored
 
 
 @dataclass
@@ -135,25 +137,28 @@ def train(
         if replay_data is not None and replayed:
             examples += [replay_data[int(i)] for i in replay_rows(len(replay_data), replayed, config.seed, step - 1)]
         batches = [
-            collate([examples[index] for index in micro_batch])
+            collate([examples[index] for index in micro_batch], PAD)
             for micro_batch in deal([len(e) for e in examples], config.per_device_train_batch_size)
         ]
         n_tokens = sum(int((batch.targets != -100).sum()) for batch in batches)
 
         # ---- forward and backward: the mean over all of the window's supervised tokens, not a mean of means
-        window_nll = torch.zeros((), device=engine.device)
+        window_nll: Tensor | float = 0.0
         for batch in batches:
             nll_sum, _ = engine(batch)
             engine.backward(nll_sum / max(1, n_tokens), last=batch is batches[-1])
-            window_nll += nll_sum.detach()
+            window_nll = window_nll + nll_sum.detach()
 
         # ---- optimizer
         lr = learning_rate(applied_steps, total_steps, config)
+        loss = float(window_nll) / max(1, n_tokens)
+        if not math.isfinite(loss):
+            raise FloatingPointError(_why_not_finite(engine.module, step, f"the loss is {loss}", lr, losses))
         info = engine.step(lr)
         applied_steps += not info.skipped
-        loss = window_nll.item() / max(1, n_tokens)
-        if not math.isfinite(loss) or not (info.skipped or math.isfinite(info.grad_norm)):
-            raise FloatingPointError(_why_not_finite(step, loss, info.grad_norm, lr, losses))
+        if info.skipped and info.loss_scale == 1.0:  # nothing was scaled, so a smaller scale will not help
+            reason = f"the gradient norm is {info.grad_norm}"
+            raise FloatingPointError(_why_not_finite(engine.module, step, reason, lr, losses))
 
         # ---- metrics and evaluation
         losses.append(loss)
@@ -193,7 +198,7 @@ def evaluate(engine: TorchEngine, data: Sequence[Example], batch_size: int) -> f
     engine.module.eval()
     nll, n_tokens = 0.0, 0
     for rows in deal(_lengths(data), batch_size):
-        nll_sum, n = engine(collate([data[int(row)] for row in rows]))
+        nll_sum, n = engine(collate([data[int(row)] for row in rows], PAD))
         nll, n_tokens = nll + nll_sum.item(), n_tokens + int(n)
     engine.module.train()
     return nll / max(1, n_tokens)
@@ -204,12 +209,15 @@ def _lengths(data: Sequence[Example]) -> np.ndarray:
     return np.asarray(data.lengths if hasattr(data, "lengths") else [len(data[i]) for i in range(len(data))])
 
 
-def _why_not_finite(step: int, loss: float, grad_norm: float, lr: float, losses: list[float]) -> str:
-    before = f"; the loss before was {losses[-1]:.3f}" if losses else ", the very first: are the weights whole?"
-    return (
-        f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at learning rate {lr:.2e}{before} "
-        "(a lower --learning_rate, more --warmup_steps or a smaller --max_grad_norm help)"
-    )
+def _why_not_finite(model: nn.Module, step: int, reason: str, lr: float, losses: list[float]) -> str:
+    if losses:
+        return (
+            f"step {step}: {reason} at learning rate {lr:.2e}; the loss before was {losses[-1]:.3f} "
+            "(a lower --learning_rate, more --warmup_steps or a smaller --max_grad_norm help)"
+        )
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    cause = f"the weights came so ({', '.join(broken[:3])})" if broken else "are the weights whole?"
+    return f"step {step}: {reason}, at the very first: {cause}"
 
 
 def _perplexity(loss: float) -> str:

@@ -69,6 +69,7 @@ def draw_losses(metrics: Path, picture: Path) -> bool:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
     except ImportError:
         return False
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -88,7 +89,7 @@ def draw_losses(metrics: Path, picture: Path) -> bool:
     tokens_per_step = steps[-1]["tokens"] / steps[-1]["step"]
     top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
     top.set_xlabel("tokens")
-    top.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    top.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.2M
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=120)

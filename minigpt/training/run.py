@@ -9,6 +9,7 @@ export-best/   the lowest validation loss, where it is not the last
 """
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,18 @@ from minigpt.config import save_yaml
 from minigpt.distributed import is_main
 
 CONFIG, METRICS, LOSS_PICTURE, EXPORT, EXPORT_BEST = "config.yaml", "metrics.jsonl", "loss.png", "export", "export-best"
+OTHER = "give another --output_dir"
 
 
 @contextmanager
 def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
     """Claims `config.output_dir` (set to `default` where it is unset) for this run, and writes config.yaml.
 
+    A run that fails before its first step leaves no trace of a run.
+
     Raises:
-        FileExistsError: the folder holds a run, and `overwrite_output_dir` is not set; or another run is in it.
+        FileExistsError: the folder holds a run, and `overwrite_output_dir` is not set, or this run reads from that
+            one; or another run is writing into it.
     """
     config.output_dir = config.output_dir or default
     folder = Path(config.output_dir)
@@ -34,27 +39,44 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.seek(0)
             raise FileExistsError(
-                f"{folder}: another run is writing into this folder; give another --output_dir"
+                f"{folder}: another run, process {lock.read()}, is writing into this folder; {OTHER}"
             ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         held = [name for name in (CONFIG, METRICS, EXPORT, EXPORT_BEST) if (folder / name).exists()]
         if held and not config.overwrite_output_dir:
-            raise FileExistsError(
-                f"{folder}: holds a run ({', '.join(held)}); give another --output_dir, or --overwrite_output_dir"
-            )
+            raise FileExistsError(f"{folder}: holds a run ({', '.join(held)}); {OTHER}, or --overwrite_output_dir")
+        sources = [Path(value).resolve() for value in vars(config).values() if isinstance(value, str)]
+        for name in held:
+            if any(source.is_relative_to((folder / name).resolve()) for source in sources):
+                raise FileExistsError(f"{folder / name}: this run starts from it, so it cannot take its place; {OTHER}")
         for name in (*held, LOSS_PICTURE):
             remove(folder / name)
         save_yaml(config, folder / CONFIG)
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if not _stepped(folder / METRICS):  # bad data, no memory: the same command, mended, need not be forced
+                remove(folder / CONFIG)
+                remove(folder / METRICS)
+            raise
+
+
+def _stepped(metrics: Path) -> bool:
+    """Whether the run came as far as a step."""
+    return metrics.exists() and '"loss"' in metrics.read_text(encoding="utf-8")
 
 
 def remove(path: Path) -> None:
     """Removes a file or a folder, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -87,7 +87,7 @@ def gpt2(shared_data) -> Tokenizer:
 def ours(request) -> Tokenizer:
     if request.param == "trained":
         return Tokenizer.from_pretrained(request.getfixturevalue("trained"))
-    return Tokenizer.tiny() if request.param == "tiny" else request.getfixturevalue("gpt2")
+    return Tokenizer.from_pretrained("tiny") if request.param == "tiny" else request.getfixturevalue("gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +263,7 @@ def write(name: str, content: str):
     return lambda folder: (folder / name).write_bytes(content.encode("latin-1"))
 
 
+TWICE = {"added_tokens_decoder": {"700": {"content": "[A]"}, "701": {"content": "[A]"}}}
 BROKEN = {
     "broken JSON": (write("vocab.json", '{"a": 1,\n"b" 2}'), r"vocab\.json:2: broken JSON"),
     "a list": (write("vocab.json", "[]"), r"vocab\.json: expected a JSON object"),
@@ -279,6 +280,7 @@ BROKEN = {
     "a blank put first": (write("tokenizer_config.json", '{"add_prefix_space": true}'), r"add_prefix_space is true"),
     "other words": (write("tokenizer.json", '{"pre_tokenizer": {"type": "Split"}}'), r"json: another pre_tokenizer"),
     "two ids": (write("added_tokens.json", '{"<|endoftext|>": 7}'), r"'<\|endoftext\|>' has another id"),
+    "two ids, added": (write("tokenizer_config.json", json.dumps(TWICE)), r"'\[A\]' has another id"),
 }
 
 

@@ -1,0 +1,136 @@
+"""From raw text to answers in a few minutes, on a CPU, without a network.
+
+A GPT-2 of 2.6 million parameters reads a corpus of facts that comes with the package, is tuned on questions about
+most of them, and is then asked about the others: facts that it has read, but never been asked about. Each stage is
+one of the scripts, run as you would run it; the commands are shown.
+
+    python examples/demo.py --seed 1     # or: make demo
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt.assets import facts
+from minigpt.config import run
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class DemoConfig:
+    """Pretrain, tune and question a tiny GPT-2."""
+
+    seed: int = 1
+    """Fixes the split of the facts, the initialisation and the order of the data."""
+    output_dir: str = "runs/demo"
+    """Folder that everything is written to."""
+
+
+def main(config: DemoConfig) -> None:
+    started = time.perf_counter()
+    folder = Path(config.output_dir)
+    data, base, tuned = folder / "data", folder / "train", folder / "sft"
+    facts.build(data, config.seed)
+
+    title("1. A corpus of facts, as raw text", f"{data}/corpus.txt begins:")
+    for line in (data / "corpus.txt").read_text(encoding="utf-8").splitlines()[:4]:
+        print(f"  {line}")
+
+    title(
+        "2. train.py: a model that has read the corpus",
+        "It can go on with a text. It does not know what a question is.",
+    )
+    corpus, seed = f"{data}/corpus.txt", f"--seed={config.seed}"
+    script("train.py", "--config", "configs/demo_train.yaml", "--data", corpus, "--output_dir", base, seed)
+    before = predict(f"{base}/export", data / "heldout.json", folder / "before")
+
+    title(
+        "3. sft.py: the same model, taught to answer",
+        "By questions about other facts than those that it will be asked.",
+    )
+    instructions = ["--data", data / "instructions.json", "--replay_data", corpus, "--output_dir", tuned, seed]
+    script("sft.py", "--config", "configs/demo_sft.yaml", "--model_name_or_path", f"{base}/export", *instructions)
+    after = predict(f"{tuned}/export", data / "heldout.json", folder / "after")
+    control = predict(f"{tuned}/export", data / "control.json", folder / "control")
+
+    title(
+        "4. The same questions before and after", "The facts stood in the corpus; no question about them was ever seen."
+    )
+    for old, new in list(zip(before.answers, after.answers, strict=True))[:8]:
+        print(f"  {new['prompt'][-1]['content']}")
+        print(f"    before  {shortened(old['prediction'])}")
+        print(f"    after   {shortened(new['prediction'])}  {'(right)' if new['exact_match'] else '(wrong)'}")
+    rate = "exact match on {:4} held-out facts: {:6.1%} before, {:6.1%} after tuning"
+    print("\n  " + rate.format(len(after.answers), before.exact_match, after.exact_match))
+    print(f"  exact match on {len(control.answers):4} facts that it never read: {control.exact_match:6.1%} (a control)")
+    print(f"  answers that end by themselves: {after.stop_rate:.1%}")
+    print(f"  the loss curves: {base}/loss.png and {tuned}/loss.png")
+
+    title("5. chat.py: ask it yourself", "")
+    question = next(a["prompt"][-1]["content"] for a in after.answers if "the capital of" in a["prompt"][-1]["content"])
+    script("chat.py", "--model_name_or_path", f"{tuned}/export", "--prompt", question)
+
+    title(
+        "What this model is",
+        "A network of 2.6 million parameters that knows the few hundred facts of its corpus and has learnt to\n"
+        "answer questions about them in one sentence. It knows nothing else, and when asked something else it\n"
+        "makes an answer up in the same confident form. The same three scripts train the real GPT-2.",
+    )
+    result = {
+        "exact_match_before": before.exact_match,
+        "exact_match_after": after.exact_match,
+        "exact_match_control": control.exact_match,
+        "stop_rate": after.stop_rate,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    print(json.dumps(result))
+
+
+@dataclass
+class Outcome:
+    """What `sft.py --predict` wrote."""
+
+    answers: list[dict]
+    exact_match: float
+    stop_rate: float
+
+
+# The pretrained model is asked in the same words as the tuned one.
+ANSWERING = ("--template", "alpaca", "--max_new_tokens", "32", "--per_device_eval_batch_size", "64")
+
+
+def predict(model: str, questions: Path, folder: Path) -> Outcome:
+    """Has a model answer a dataset."""
+    script("sft.py", "--model_name_or_path", model, "--predict", questions, "--output_dir", folder, *ANSWERING)
+    answers = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    return Outcome(answers, scores["exact_match"], scores["stop_rate"])
+
+
+def script(name: str, *arguments) -> None:
+    """Runs one of the scripts, and shows the command."""
+    words = [str(word) for word in arguments]
+    print(f"$ python {shlex.join([name, *words])}", flush=True)
+    if name != "chat.py":
+        words.append("--overwrite_output_dir")
+    done = subprocess.run([sys.executable, str(ROOT / name), *words], cwd=ROOT, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} ended with exit code {done.returncode}; its message stands above")
+
+
+def title(text: str, explanation: str) -> None:
+    print(f"\n== {text}\n{explanation}", flush=True)
+
+
+def shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 70 else f"{text[:70]} ..."
+
+
+if __name__ == "__main__":
+    run(main, DemoConfig)

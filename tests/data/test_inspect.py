@@ -1,0 +1,84 @@
+"""What `--inspect` prints, to the letter."""
+
+import json
+
+import pytest
+
+from minigpt.data.inspect import show_example, show_examples
+from minigpt.data.prompts import get_template
+from minigpt.data.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.tiny()
+IO = get_template("io")
+QUESTION, ANSWER = {"role": "user", "content": "Name it."}, {"role": "assistant", "content": "Paris."}
+PROMPT, END = "### Instruction:\nName it.\n\n### Output:\n", "<|endoftext|>"
+CYAN, GREEN, RED, PLAIN = "\033[36m", "\033[32m", "\033[9;31m", "\033[0m"
+LENGTH = len(TOKENIZER.encode(PROMPT))
+ANSWER_LENGTH = len(TOKENIZER.encode("Paris.")) + 1
+
+
+def show(messages, max_seq_length=1000, **options) -> str:
+    return show_example(messages, IO, TOKENIZER, max_seq_length, **options)
+
+
+def test_brackets_and_colors():
+    head = f"{LENGTH + ANSWER_LENGTH} tokens, {ANSWER_LENGTH} supervised, 0 cut\n"
+    assert show([QUESTION, ANSWER], color=False) == f"{head}{PROMPT}[Paris.{END}]"
+    assert show([QUESTION, ANSWER], color=True) == f"{head}{CYAN}{PROMPT}{PLAIN}{GREEN}Paris.{END}{PLAIN}"
+
+
+def test_several_turns_and_train_on_prompt():
+    messages = [QUESTION, ANSWER, QUESTION, ANSWER]
+    assert show(messages, color=False).partition("\n")[2] == f"{PROMPT}[Paris.{END}]\n\n{PROMPT}[Paris.{END}]"
+    whole = show(messages, train_on_prompt=True, color=False).partition("\n")[2]
+    assert whole == f"[{PROMPT}Paris.{END}\n\n{PROMPT}Paris.{END}]"
+
+
+def test_cut_tokens():
+    ids = TOKENIZER.encode(PROMPT)
+    cut, kept = TOKENIZER.decode(ids[:3]), TOKENIZER.decode(ids[3:])
+    head = f"{LENGTH - 3 + ANSWER_LENGTH} tokens, {ANSWER_LENGTH} supervised, 3 cut\n"
+    length = LENGTH - 3 + ANSWER_LENGTH - 1
+    assert show([QUESTION, ANSWER], length, color=False) == f"{head}{{cut: {cut}}}{kept}[Paris.{END}]"
+    assert show([QUESTION, ANSWER], length, color=True) == (
+        f"{head}{RED}{cut}{PLAIN}{CYAN}{kept}{PLAIN}{GREEN}Paris.{END}{PLAIN}"
+    )
+    right = show([QUESTION, ANSWER], ANSWER_LENGTH - 1, color=False)
+    assert right == (
+        f"{ANSWER_LENGTH} tokens, {ANSWER_LENGTH - 1} supervised, {LENGTH} cut\n"
+        f"{{cut: {TOKENIZER.decode(ids[:-1])}}}{TOKENIZER.decode(ids[-1:])}[Paris.]{{cut: {END}}}"
+    )
+    turns = show([QUESTION, ANSWER, QUESTION, ANSWER], LENGTH + ANSWER_LENGTH - 1, color=False)
+    assert turns.partition("\n")[2] == f"{{cut: {PROMPT}Paris.{END}}}{PROMPT}[Paris.{END}]"
+
+
+def test_a_dropped_example_says_so():
+    assert (
+        show([{"role": "text", "content": ""}], color=False) == "dropped: no supervised token within 1000 positions\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "colored"),
+    [(True, None, True), (True, "", True), (True, "1", False), (True, "0", False), (False, None, False)],
+)
+def test_color_on_a_terminal_unless_no_color_is_set(monkeypatch, terminal, no_color, colored):
+    """no-color.org: "when present and not an empty string (regardless of its value)"."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    assert show([QUESTION, ANSWER]) == show([QUESTION, ANSWER], color=colored)
+
+
+def test_the_first_examples_of_files(tmp_path, capsys):
+    rows = [{"instruction": "Name it.", "output": "Paris."}, {"a": 1}, {"text": ""}, {"text": "Once"}, {"text": "Two"}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    show_examples([str(path)], 3, IO, TOKENIZER, 1000)
+    once = len(TOKENIZER.encode("Once")) + 1
+    assert capsys.readouterr().out == (
+        f"---- {path}:1: {LENGTH + ANSWER_LENGTH} tokens, {ANSWER_LENGTH} supervised, 0 cut\n{PROMPT}[Paris.{END}]\n"
+        f"---- {path}:3: dropped: no supervised token within 1000 positions\n\n"
+        f"---- {path}:4: {once} tokens, {once} supervised, 0 cut\n[Once{END}]\n"
+    )

@@ -1,0 +1,401 @@
+"""Every template's exact strings, trigger words, and the jinja that says the same to transformers."""
+
+import doctest
+import json
+import random
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from transformers import AutoTokenizer
+
+from minigpt.data import prompts
+from minigpt.data.dataset import encode_segments, fit_examples
+from minigpt.data.prompts import TEMPLATES, Segment, Template, get_template, template_of
+from minigpt.data.tokenizer import END_OF_TEXT, Tokenizer
+
+QUESTION = {"role": "user", "content": "Name the capital."}
+WITH_INPUT = {**QUESTION, "input": "France"}
+ANSWER = {"role": "assistant", "content": "Paris."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TEXT = {"role": "text", "content": "Once upon\n a time "}
+EOT = Segment(END_OF_TEXT, supervised=True, special=True)
+
+CASES = {
+    "one turn": [QUESTION, ANSWER],
+    "input": [WITH_INPUT, ANSWER],
+    "system": [SYSTEM, WITH_INPUT, ANSWER],
+    "turns": [QUESTION, ANSWER, QUESTION, ANSWER, WITH_INPUT, ANSWER],
+}
+
+BELOW = "Below is an instruction that describes a task"
+FURTHER = ", paired with an input that provides further context"
+WRITE = ". Write a response that appropriately completes the request.\n\n"
+ASKED = "### Instruction:\nName the capital.\n\n### Response:\n"
+ASKED_WITH_INPUT = "### Instruction:\nName the capital.\n\n### Input:\nFrance\n\n### Response:\n"
+IIO = "### Instruction:\nName the capital.\n\n### Input:\n\n\n### Output:\n"
+IIO_WITH_INPUT = "### Instruction:\nName the capital.\n\n### Input:\nFrance\n\n### Output:\n"
+
+# what precedes each answer, and what the answer is
+ALPACA = {
+    "one turn": [(BELOW + WRITE + ASKED, "Paris.")],
+    "input": [(BELOW + FURTHER + WRITE + ASKED_WITH_INPUT, "Paris.")],
+    "system": [("Be brief.\n\n" + ASKED_WITH_INPUT, "Paris.")],
+    "turns": [(BELOW + WRITE + ASKED, "Paris."), ("\n\n" + ASKED, "Paris."), ("\n\n" + ASKED_WITH_INPUT, "Paris.")],
+}
+RENDERED = {
+    "alpaca": ALPACA,
+    "alpaca-short": ALPACA | {"input": [(BELOW + WRITE + ASKED_WITH_INPUT, "Paris.")]},
+    "hugchat": {
+        "one turn": [("Human: Name the capital. \n HugChat:", " Paris.")],
+        "input": [("Human: Name the capital.\nFrance \n HugChat:", " Paris.")],
+        "system": [("Be brief.\n\nHuman: Name the capital.\nFrance \n HugChat:", " Paris.")],
+        "turns": [
+            ("Human: Name the capital. \n HugChat:", " Paris."),
+            (" \n\n Human: Name the capital. \n HugChat:", " Paris."),
+            (" \n\n Human: Name the capital.\nFrance \n HugChat:", " Paris."),
+        ],
+    },
+    "input-output": {
+        "one turn": [("Input: Name the capital. \n Output:", " Paris.")],
+        "input": [("Input: Name the capital.\nFrance \n Output:", " Paris.")],
+        "system": [("Be brief.\n\nInput: Name the capital.\nFrance \n Output:", " Paris.")],
+        "turns": [
+            ("Input: Name the capital. \n Output:", " Paris."),
+            (" \n Input: Name the capital. \n Output:", " Paris."),
+            (" \n Input: Name the capital.\nFrance \n Output:", " Paris."),
+        ],
+    },
+    "io": {
+        "one turn": [("### Instruction:\nName the capital.\n\n### Output:\n", "Paris.")],
+        "input": [("### Instruction:\nName the capital.\nFrance\n\n### Output:\n", "Paris.")],
+        "system": [("Be brief.\n\n### Instruction:\nName the capital.\nFrance\n\n### Output:\n", "Paris.")],
+        "turns": [
+            ("### Instruction:\nName the capital.\n\n### Output:\n", "Paris."),
+            ("\n\n### Instruction:\nName the capital.\n\n### Output:\n", "Paris."),
+            ("\n\n### Instruction:\nName the capital.\nFrance\n\n### Output:\n", "Paris."),
+        ],
+    },
+    "iio": {
+        "one turn": [(IIO, "Paris.")],
+        "input": [(IIO_WITH_INPUT, "Paris.")],
+        "system": [("Be brief.\n\n" + IIO_WITH_INPUT, "Paris.")],
+        "turns": [(IIO, "Paris."), ("\n\n" + IIO, "Paris."), ("\n\n" + IIO_WITH_INPUT, "Paris.")],
+    },
+    "none": {
+        "one turn": [("Name the capital.", "\nParis.")],
+        "input": [("Name the capital.\nFrance", "\nParis.")],
+        "system": [("Be brief.\n\nName the capital.\nFrance", "\nParis.")],
+        "turns": [
+            ("Name the capital.", "\nParis."),
+            ("\nName the capital.", "\nParis."),
+            ("\nName the capital.\nFrance", "\nParis."),
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("case", CASES)
+def test_exact_strings(name, case):
+    template, expected = get_template(name), []
+    for prompt, answer in RENDERED[name][case]:
+        expected += [Segment(prompt, supervised=name == "none"), Segment(answer, supervised=True), EOT]
+    assert template.render(CASES[case]) == expected
+    # asked the last question, the same segments up to its answer; unanswered, the question is left out
+    assert template.render(CASES[case][:-1], add_generation_prompt=True) == expected[:-2]
+    assert template.render(CASES[case][:-1]) == expected[:-3]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_text_is_verbatim(name):
+    text = Segment("Once upon\n a time ", supervised=True)
+    assert get_template(name).render([TEXT]) == [text, EOT]
+    assert get_template(name).render([TEXT], add_generation_prompt=True) == [text]
+
+
+def test_docstring_example():
+    assert doctest.testmod(prompts) == doctest.TestResults(failed=0, attempted=2)
+
+
+WRONG_TURNS = {
+    "an answer first": ([ANSWER], False, "turn 1 has the role 'assistant' where 'user' belongs"),
+    "two questions": ([SYSTEM, QUESTION, QUESTION], False, "turn 2 has the role 'user' where 'assistant' belongs"),
+    "a late system text": ([QUESTION, ANSWER, SYSTEM], False, "turn 3 has the role 'system' where 'user' belongs"),
+    "two system texts": ([SYSTEM, SYSTEM], False, "turn 1 has the role 'system' where 'user' belongs"),
+    "an unknown role": ([{"role": "tool", "content": ""}], False, "turn 1 has the role 'tool' where 'user' belongs"),
+    "more behind a text": ([TEXT, QUESTION], False, "turn 1 has the role 'text' where 'user' belongs"),
+    "nothing to answer": ([QUESTION, ANSWER], True, "the last message is to be answered, so it must be a user's"),
+    "a system text alone": ([SYSTEM], True, "the last message is to be answered, so it must be a user's"),
+    "nothing at all": ([], True, "the last message is to be answered, so it must be a user's"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TURNS)
+def test_wrong_turns_are_refused(name):
+    messages, add_generation_prompt, message = WRONG_TURNS[name]
+    with pytest.raises(ValueError) as caught:
+        get_template("alpaca").render(messages, add_generation_prompt)
+    assert str(caught.value) == message
+
+
+def test_nothing_renders_as_nothing():
+    assert get_template("alpaca").render([]) == []
+
+
+def text_of(segments: list[Segment]) -> str:
+    return "".join(segment.text for segment in segments)
+
+
+TRIGGERS = {
+    "alpaca": (
+        {"instruction": "Request", "input": "Given", "output": "Answer"},
+        "### Request:\nName the capital.\n\n### Given:\nFrance\n\n### Answer:\nParis.<|endoftext|>",
+        ("### Request:",),
+    ),
+    "io": (
+        {"instruction": "Request", "output": "Answer"},
+        "### Request:\nName the capital.\nFrance\n\n### Answer:\nParis.<|endoftext|>",
+        ("### Request:",),
+    ),
+    "iio": (
+        {"output": "Answer"},
+        "### Instruction:\nName the capital.\n\n### Input:\nFrance\n\n### Answer:\nParis.<|endoftext|>",
+        ("### Instruction:",),
+    ),
+    "hugchat": (
+        {"human": "Q", "assistant": "A"},
+        "Q: Name the capital.\nFrance \n A: Paris.<|endoftext|>",
+        ("Q:",),
+    ),
+    "input-output": (
+        {"human": "Q"},
+        "Q: Name the capital.\nFrance \n Output: Paris.<|endoftext|>",
+        ("Q:",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_trigger_words_change_everywhere(name):
+    words, text, stop = TRIGGERS[name]
+    template = get_template(name, **words)
+    assert text_of(template.render([WITH_INPUT, ANSWER])).endswith(text)
+    assert template.stop_strings() == stop
+    assert template.read_answer(f" Paris.\n\n{stop[0]} more") == "Paris."
+    assert get_template(name) == TEMPLATES[name]  # the built-in one is as it was
+
+
+def test_stop_strings_of_the_built_in_templates():
+    assert {name: template.stop_strings() for name, template in TEMPLATES.items()} == {
+        "alpaca": ("### Instruction:",),
+        "alpaca-short": ("### Instruction:",),
+        "hugchat": ("Human:",),
+        "input-output": ("Input:",),
+        "io": ("### Instruction:",),
+        "iio": ("### Instruction:",),
+        "none": (),
+    }
+
+
+UNKNOWN_TRIGGERS = {
+    ("io", "input"): "template io has no trigger_input; it has trigger_instruction, trigger_output",
+    ("alpaca", "human"): (
+        "template alpaca has no trigger_human; it has trigger_instruction, trigger_input, trigger_output"
+    ),
+    ("hugchat", "output"): "template hugchat has no trigger_output; it has trigger_human, trigger_assistant",
+    ("none", "assistant"): "template none has no trigger_assistant; it has no trigger words",
+}
+
+
+@pytest.mark.parametrize(("name", "trigger"), UNKNOWN_TRIGGERS)
+def test_unknown_trigger_words_are_refused_by_name(name, trigger):
+    with pytest.raises(ValueError) as caught:
+        get_template(name, **{trigger: "X"})
+    assert str(caught.value) == UNKNOWN_TRIGGERS[name, trigger]
+
+
+def test_read_answer_ends_at_the_first_stop_string():
+    template = replace(get_template("hugchat"), stop=("{human}:", "{assistant}:"))
+    assert template.read_answer(" \n Paris. \n\n Human: and HugChat: no") == "Paris."
+    assert template.read_answer("Paris.HugChat: Human:") == "Paris."
+    assert template.read_answer("Paris. ") == "Paris."
+    assert template.read_answer("Human: Paris.") == ""
+
+
+# ---- trap 5: the merge of prompt and answer
+
+
+def test_what_is_trained_is_what_is_asked():
+    """Joined text, encoded, merges the last bytes of the prompt with the answer's first: ids that chat never asks."""
+    tokenizer, draw = Tokenizer.tiny(), random.Random(0)
+    pieces = ["Name", " the", "capital", " ", "\n", "\n", ".", ":", "é", "日", "😀", END_OF_TEXT, "{", "}", "'s"]
+
+    def text() -> str:
+        return "".join(draw.choices(pieces, k=draw.randint(0, 6)))
+
+    merged, templates = 0, list(TEMPLATES.values())
+    for _ in range(100):
+        template, conversations = draw.choice(templates), []
+        for _ in range(100):
+            user, answer = {"role": "user", "content": text(), "input": draw.choice(["", text()])}, text()
+            turns = [user, {"role": "assistant", "content": answer}]
+            conversations.append([*draw.choice([[], turns]), *turns])
+        for messages, fitted in zip(conversations, fit_examples(conversations, template, tokenizer, 1000), strict=True):
+            prompt = encode_segments(template.render(messages[:-1], add_generation_prompt=True), tokenizer).ids
+            answer = tokenizer.encode(template.answer.format(content=messages[-1]["content"]))
+            assert fitted.example.ids == [*prompt, *answer, tokenizer.eot_id]
+            if len(messages) == 2:
+                merged += tokenizer.encode(text_of(template.render(messages)[:-1])) != [*prompt, *answer]
+    assert merged  # joined text would have had other ids: the trap is there
+
+
+# ---- what travels with a model
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_saved_and_read_again(name, tmp_path):
+    words = {word: f"<{word} é {{0}} '\\>" for word in TEMPLATES[name].triggers}
+    template = get_template(name, **words)
+    template.save_pretrained(tmp_path / "new folder")
+    assert get_template(tmp_path / "new folder") == template
+    assert get_template(str(tmp_path / "new folder" / "prompt_template.json")) == template
+    assert get_template(tmp_path / "new folder", **dict.fromkeys(words)) == template
+    assert template_of(tmp_path / "new folder") == tmp_path / "new folder" / "prompt_template.json"
+    assert get_template(template_of(tmp_path / "new folder")) == template
+
+
+def test_a_model_without_a_template_is_asked_as_alpaca(tmp_path):
+    assert template_of(tmp_path) == "alpaca"
+
+
+def test_a_written_template_needs_three_keys(tmp_path):
+    (tmp_path / "prompt_template.json").write_text(
+        '{"name": "qa", "user": "Q {content} A ", "user_with_input": "{context} {{}}"}'
+    )
+    template = get_template(tmp_path)
+    assert template == Template(name="qa", user="Q {content} A ", user_with_input="{context} {{}}")
+    assert text_of(template.render([WITH_INPUT, ANSWER, QUESTION, ANSWER])) == (
+        "France {}Paris.<|endoftext|>\n\nQ Name the capital. A Paris.<|endoftext|>"
+    )
+
+
+GOOD = {"name": "qa", "user": "{content}", "user_with_input": "{content}", "triggers": {"human": "Q"}}
+BROKEN = {
+    "half a file": ('{"name": "qa",\n "user', "not JSON: Unterminated string starting at: line 2 column 2"),
+    "not UTF-8": ('{"name": "\udcff"}', "not JSON: 'utf-8' codec can't decode byte 0xff in position 10"),
+    "a list": ("[]", "a template has the keys name, user, user_with_input, answer, preamble, "),
+    "a key missing": ({"name": "qa", "user": ""}, "a template has the keys name, user, user_with_input"),
+    "a key too many": (GOOD | {"users": ""}, "a template has the keys name, user, user_with_input"),
+    "a number": (GOOD | {"user": 5}, 'user is 5, expected the like of "### {instruction}:'),
+    "null": (GOOD | {"system": None}, r'system is null, expected the like of "{content}\n\n"'),
+    "one stop string": (GOOD | {"stop": "Q:"}, 'stop is "Q:", expected the like of ["### {instruction}:"]'),
+    "a number as stop": (GOOD | {"stop": [5]}, "AttributeError("),
+    "an unknown word": (
+        GOOD | {"user": "{humn}"},
+        "KeyError('humn'): a pattern may hold content, context, human in braces; a literal brace is doubled",
+    ),
+    "an unknown word to stop": (GOOD | {"stop": ["{assistant}"]}, "KeyError('assistant')"),
+    "content to stop": (GOOD | {"stop": ["{content}"]}, "KeyError('content')"),
+    "an open brace": (GOOD | {"separator": "{content"}, "ValueError("),
+    "no name": (GOOD | {"preamble_with_input": "{}"}, "IndexError("),
+    "an attribute": (GOOD | {"answer": "{content.x}"}, "AttributeError("),
+    "a trigger named content": (GOOD | {"triggers": {"content": "Q"}}, "TypeError("),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_named_in_one_line(name, tmp_path):
+    content, message = BROKEN[name]
+    path = tmp_path / "prompt_template.json"
+    content = content if isinstance(content, str) else json.dumps(content)
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError) as caught:
+        get_template(tmp_path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_template(tmp_path):
+    names = "one of alpaca, alpaca-short, hugchat, input-output, io, iio, none, or a folder with prompt_template.json"
+    for folder in (tmp_path, tmp_path / "absent", tmp_path / "absent" / "prompt_template.json"):
+        with pytest.raises(ValueError) as caught:
+            get_template(folder)
+        assert str(caught.value) == f"no template '{folder}'; {names}"
+
+
+# ---- transformers as the judge of the jinja
+
+AWKWARD = [
+    "",
+    " \n blanks around \t\n ",
+    "'single' \"double\" \\back\\slash\\n \\u0041 ''' ~",
+    "{{ jinja }} {% if x %} {# no #} {%- endif -%} }} %} {content} {0} {}",
+    "tabs\tand\r\nline\rends\x85\u2028",
+    "é 日本 😀 \0 <|endoftext|>",
+]
+
+
+def awkward_conversations() -> list[list[dict[str, str]]]:
+    found = []
+    for content in AWKWARD:
+        user, answer = {"role": "user", "content": content}, {"role": "assistant", "content": content}
+        given, system = {**user, "input": content}, {"role": "system", "content": content}
+        empty = {**user, "input": ""}
+        for first, turns in product(
+            ([], [system]),
+            ([user], [given], [empty, answer, given], [given, answer, user], [given, answer, user, answer, given]),
+        ):
+            found += [[*first, *turns], [*first, *turns, answer]]
+        found += [[{"role": "text", "content": content}], [system]]
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    Tokenizer.tiny().save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    return folder
+
+
+def awkward_templates() -> dict[str, Template]:
+    found = {name: get_template(name) for name in TEMPLATES}
+    for words in ("'quoted' \"twice\" \\", "{{ x }} {% y %} {content} {0}", "é\n\r\n\r \\n ", "-}} %}"):
+        found[f"hugchat of {words}"] = get_template("hugchat", human=words, assistant=words)
+        found[f"alpaca of {words}"] = get_template("alpaca", instruction=words, input=words, output=words)
+    braces = dict.fromkeys(("user", "answer", "system", "separator", "preamble"), "{{{human}}} '\\ }}{{ {content}")
+    return found | {"braces": replace(get_template("hugchat"), **braces)}
+
+
+@pytest.mark.parametrize("name", awkward_templates())
+def test_chat_template_says_the_same(name, tokenizer_folder):
+    template = awkward_templates()[name]
+    template.save_pretrained(tokenizer_folder)
+    judge = AutoTokenizer.from_pretrained(tokenizer_folder)
+    for messages, add_generation_prompt in product(awkward_conversations(), (False, True)):
+        if add_generation_prompt and messages[-1]["role"] not in ("user", "text"):
+            continue
+        rendered = judge.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        assert rendered == text_of(template.render(messages, add_generation_prompt))
+
+
+def test_an_input_of_none_is_no_input(tokenizer_folder):
+    """Tables have a column `input` in every row, and None in the rows without one."""
+    template = get_template("iio")
+    template.save_pretrained(tokenizer_folder)
+    messages = [{**QUESTION, "input": None}, ANSWER]
+    judge = AutoTokenizer.from_pretrained(tokenizer_folder)
+    assert text_of(template.render(messages)) == IIO + "Paris.<|endoftext|>"
+    assert judge.apply_chat_template(messages, tokenize=False) == IIO + "Paris.<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_braces_in_what_people_write_are_only_braces(name):
+    user = {"role": "user", "content": "{content} {0} {{x}} }", "input": "{context} {"}
+    template = get_template(name, **dict.fromkeys(TEMPLATES[name].triggers, "{output}{"))
+    text = text_of(template.render([user, {"role": "assistant", "content": "{human} }}"}]))
+    assert "{content} {0} {{x}} }" in text
+    assert "{context} {" in text
+    assert text.endswith("{human} }}<|endoftext|>")
+    assert all("{output}{:" in stop for stop in template.stop_strings())

@@ -1,0 +1,364 @@
+"""The token store: the same examples from disk, built once; and its parts."""
+
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minigpt.data import store as module
+from minigpt.data.dataset import Example, encode_example
+from minigpt.data.prompts import get_template
+from minigpt.data.records import read_records
+from minigpt.data.store import Blocks, Subset, build_store, build_text_store, split
+from minigpt.data.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.tiny()
+EOT = TOKENIZER.eot_id
+IO = get_template("io")
+ROWS = [{"instruction": f"Name {n}.", "input": "", "output": f"It is {n}."} for n in range(30)]
+
+
+def write(path: Path, rows) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+def build(path, cache, template=IO, tokenizer=TOKENIZER, max_seq_length=64, train_on_prompt=False, **options):
+    paths = [path] if isinstance(path, str) else path
+    return build_store(paths, template, tokenizer, max_seq_length, train_on_prompt, cache_dir=cache, **options)
+
+
+def plain(examples) -> list[tuple[list[int], list[bool]]]:
+    return [(np.asarray(e.ids).tolist(), np.asarray(e.supervised).tolist()) for e in examples]
+
+
+# ---- what is in it
+
+
+def test_examples_are_those_of_encode_example(tmp_path, cache):
+    rows = [
+        *ROWS,
+        {"messages": [message for n in range(9) for message in turn(n)]},
+        {"text": "Once upon a time. " * 30},
+        {"text": ""},
+        {"instruction": "x " * 100, "output": "y"},
+    ]
+    path = write(tmp_path / "data.jsonl", rows)
+    conversations = list(read_records(path))
+    for train_on_prompt in (False, True):
+        encoded = [encode_example(c, IO, TOKENIZER, 64, train_on_prompt) for c in conversations]
+        examples = [example for example in encoded if example is not None]
+        store = build(path, cache, train_on_prompt=train_on_prompt)
+        assert len(store) == len(examples) == len(rows) - 1
+        assert plain(store) == plain(examples)
+        assert store.lengths.tolist() == [len(example) for example in examples]
+        first_answers = [example.supervised.index(True) for example in examples]
+        if not train_on_prompt:
+            assert store.prompt_lengths.tolist() == first_answers  # a text's is 0
+        assert isinstance(store.ids, np.memmap)
+        assert store.ids.dtype == np.uint16
+        assert isinstance(store[0].ids, np.memmap)
+        assert plain([store[-1], store[np.int64(2)]]) == plain([examples[-1], examples[2]])
+        for outside in (len(store), -len(store) - 1):
+            with pytest.raises(IndexError):
+                store[outside]
+
+
+def turn(n: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": f"Answer {n}."}]
+
+
+def test_more_conversations_than_are_encoded_together(tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "data.jsonl", ROWS)
+    whole = plain(build(path, cache))
+    monkeypatch.setattr(module, "CONVERSATIONS", 7)
+    assert plain(build(path, tmp_path / "other")) == whole
+
+
+def test_a_vocabulary_of_more_than_two_bytes(tmp_path, cache):
+    wide = Tokenizer(TOKENIZER._ranks, {"<|endoftext|>": 70_000})
+    path = write(tmp_path / "data.jsonl", ROWS)
+    store = build(path, cache, tokenizer=wide)
+    assert store.ids.dtype == np.uint32
+    assert plain(store) == plain(encode_example(conversation, IO, wide, 64) for conversation in read_records(path))
+    assert store[0].ids[-1] == 70_000
+
+
+def test_statistics(tmp_path, cache):
+    """Texts of 1 to 21 tokens, each with its end of text; one empty; one too long; two lines that are no records."""
+    assert len(TOKENIZER.encode(" the" * 30)) == 30
+    lengths = random.Random(0).sample(range(1, 22), 21)
+    rows = [*({"text": " the" * n} for n in lengths), {"text": ""}, {"text": " the" * 30}, "{", "[]"]
+    ask = {"instruction": "Name it.", "output": " the the"}
+    path = write(tmp_path / "data.jsonl", [*rows, ask])
+    stats = build(path, cache, max_seq_length=24, skip_bad_records=2).stats
+    asked = len(TOKENIZER.encode("### Instruction:\nName it.\n\n### Output:\n")) + 3
+    assert 13 <= asked <= 22  # in the upper half, and not among the two longest
+    assert vars(stats) == {
+        "examples": 23,
+        "tokens": sum(range(2, 23)) + 25 + asked,
+        "supervised_tokens": sum(range(2, 23)) + 25 + 3,
+        "length_p50": 13,  # the 12th of 23
+        "length_p95": 22,  # the 22nd of 23
+        "length_max": 25,
+        "dropped": 1,
+        "cut": 1,
+        "bad_records": 2,
+    }
+    assert str(stats) == (
+        f"23 examples, {277 + asked} tokens (280 supervised), lengths p50 13 p95 22 max 25; "
+        "1 dropped, 1 cut, 2 bad records"
+    )
+    assert build(path, cache, max_seq_length=24, skip_bad_records=2).stats == stats  # read again from disk
+
+
+def test_nothing_to_learn_is_a_named_error(tmp_path, cache):
+    path = write(tmp_path / "data.jsonl", [{"text": ""}, {"text": ""}])
+    with pytest.raises(ValueError) as caught:
+        build(path, cache)
+    assert str(caught.value) == (
+        f"{path}: none of the 2 records has a supervised token within --max_seq_length 64; "
+        "raise it, or look at them with --inspect 3"
+    )
+    assert list((cache / "stores").iterdir()) == []
+
+
+# ---- built once (trap 26: a cache that did not notice what it was built from)
+
+
+@pytest.fixture
+def builds(monkeypatch) -> list:
+    """Grows by one whenever a store is filled."""
+    found, writer = [], module._Writer
+    monkeypatch.setattr(module, "_Writer", lambda *args: found.append(args) or writer(*args))
+    return found
+
+
+def test_found_again(tmp_path, cache, builds):
+    path = write(tmp_path / "data.jsonl", ROWS)
+    first = build(path, cache)
+    files = {file: file.stat().st_mtime_ns for file in first.folder.iterdir()}
+    (tmp_path / "moved").mkdir()
+    moved = str(Path(path).rename(tmp_path / "moved" / "renamed.jsonl"))
+    again = build(moved, cache)
+    assert again.folder == first.folder
+    assert {file: file.stat().st_mtime_ns for file in again.folder.iterdir()} == files
+    assert (plain(again), again.stats) == (plain(first), first.stats)
+    assert len(builds) == 1
+
+
+CHANGES = {
+    "a byte": {"rows": [*ROWS[:-1], {**ROWS[-1], "output": "It is 28."}]},
+    "a byte that says nothing": {"rows": [*ROWS, ""]},
+    "the order": {"rows": ROWS[::-1]},
+    "the name of the template": {"template": replace(IO, name="other")},
+    "a separator": {"template": replace(IO, separator="\n")},
+    "a trigger": {"template": get_template("io", output="Answer")},
+    "a stop string": {"template": replace(IO, stop=())},
+    "the tokenizer": {"tokenizer": Tokenizer(TOKENIZER._ranks, {**TOKENIZER.special_tokens, "<|pad|>": 4096})},
+    "max_seq_length": {"max_seq_length": 65},
+    "train_on_prompt": {"train_on_prompt": True},
+    "skip_bad_records": {"skip_bad_records": 1},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_built_anew_when_anything_changes(name, tmp_path, cache, builds):
+    change = dict(CHANGES[name])
+    path = write(tmp_path / "data.jsonl", ROWS)
+    first = build(path, cache)
+    write(tmp_path / "data.jsonl", change.pop("rows", ROWS))
+    second = build(path, cache, **change)
+    assert second.folder != first.folder
+    assert len(builds) == 2
+    assert plain(second) == plain(build(path, tmp_path / "fresh", **change))
+
+
+def test_the_same_bytes_cut_into_other_files_are_another_source(tmp_path, cache):
+    whole = write(tmp_path / "whole.jsonl", ROWS)
+    parts = [write(tmp_path / "a.jsonl", ROWS[:9]), write(tmp_path / "b.jsonl", ROWS[9:])]
+    folders = {build(paths, cache).folder for paths in (whole, parts, parts[::-1], [*parts, parts[0]])}
+    assert len(folders) == 4
+
+
+def test_json_lines_under_the_name_of_a_text_are_a_text(tmp_path, cache):
+    """The key was the bytes alone: a .jsonl, copied to .txt, was answered with the store of its records."""
+    lines = write(tmp_path / "data.jsonl", ROWS)
+    text = write(tmp_path / "data.txt", ROWS)
+    assert len(build(lines, cache)) == 30
+    assert len(build(text, cache)) == 1
+    assert len(build_text_store([text], TOKENIZER, cache_dir=cache)) == 1
+
+
+def test_another_version_builds_its_own(tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "data.jsonl", ROWS)
+    first = build(path, cache).folder
+    for name in ("__version__", "FORMAT"):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, "other")
+            assert build(path, cache).folder != first
+
+
+def test_where_stores_are_kept(tmp_path, monkeypatch):
+    path = write(tmp_path / "data.jsonl", ROWS)
+    monkeypatch.delenv("MINIGPT_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert build(path, None).folder.parent == tmp_path / "home" / ".cache" / "minigpt" / "stores"
+    monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path / "named"))
+    assert build(path, None).folder.parent == tmp_path / "named" / "stores"
+    assert build(path, tmp_path / "given").folder.parent == tmp_path / "given" / "stores"
+
+
+# ---- raw text
+
+
+def test_text_store(tmp_path, cache):
+    (tmp_path / "a.txt").write_text("One king.\n")
+    (tmp_path / "b.txt").write_text("Two <|endoftext|> kings.")
+    rows = [{"text": "Three kings."}, {"text": ""}, {"texts": "no text"}, {"text": "Human: a HugChat: b"}]
+    write(tmp_path / "c.jsonl", rows)
+    paths = [str(tmp_path / name) for name in ("b.txt", "a.txt", "c.jsonl")]
+    store = build_text_store(paths, TOKENIZER, skip_bad_records=1, cache_dir=cache)
+    texts = ["Two <|endoftext|> kings.", "One king.\n", "Three kings.", "", "Human: a HugChat: b"]
+    documents = [[*TOKENIZER.encode(text), EOT] for text in texts]
+    assert plain(store) == [(ids, [True] * len(ids)) for ids in documents]
+    assert store.ids.tolist() == [id for ids in documents for id in ids]
+    assert store.prompt_lengths.tolist() == [0] * 5
+    stats = vars(store.stats)
+    assert {name: stats[name] for name in ("examples", "tokens", "supervised_tokens", "dropped", "bad_records")} == {
+        "examples": 5,
+        "tokens": len(store.ids),
+        "supervised_tokens": len(store.ids),
+        "dropped": 0,
+        "bad_records": 1,
+    }
+
+
+def test_a_text_in_pieces_is_encoded_as_one(tmp_path, cache, monkeypatch):
+    text = "The king's 12 cats -- naïve, 日本 😀?\n\n  And  on. " * 200
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr("minigpt.data.streams._CHUNK", 100)
+    store = build_text_store([str(tmp_path / "a.txt")], TOKENIZER, cache_dir=cache)
+    assert store.ids.tolist() == [*TOKENIZER.encode(text), EOT]
+
+
+def test_text_store_is_keyed_too(tmp_path, cache, builds):
+    path = tmp_path / "a.txt"
+    other = Tokenizer(TOKENIZER._ranks, {**TOKENIZER.special_tokens, "<|pad|>": 4096})
+    for text in ("One king.", "One queen."):
+        path.write_text(text)
+        for tokenizer in (TOKENIZER, other, TOKENIZER):
+            store = build_text_store([str(path)], tokenizer, cache_dir=cache)
+            assert store.ids.tolist() == [*TOKENIZER.encode(text), EOT]
+    assert len(builds) == 4
+    build_text_store([str(path)], TOKENIZER, skip_bad_records=1, cache_dir=cache)
+    assert len(builds) == 5
+    assert build(str(path), cache).folder != store.folder
+    assert len(builds) == 6
+
+
+# ---- parts of a store
+
+
+def stream_of(length: int) -> SimpleNamespace:
+    """A store whose every token is its own place."""
+    return SimpleNamespace(ids=np.arange(length, dtype=np.uint16))
+
+
+def naive_blocks(ids: list[int], block_size: int, stride: int) -> list[list[int]]:
+    blocks, start = [], 0
+    while start < len(ids) - 1:
+        blocks.append(ids[start : start + block_size + 1])
+        if start + block_size >= len(ids) - 1:
+            break
+        start += stride
+    return blocks
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 17, 100])
+def test_blocks(length):
+    for block_size in (1, 2, 4, 5, 12):
+        for stride in range(1, block_size + 1):
+            blocks = Blocks(stream_of(length), block_size, stride)
+            expected = naive_blocks(list(range(length)), block_size, stride)
+            assert plain(blocks) == [(ids, [True] * len(ids)) for ids in expected]
+            assert len(blocks) == len(expected)
+            assert blocks.lengths.tolist() == [len(ids) for ids in expected]
+            targets = Counter(id for ids in expected for id in ids[1:])
+            assert set(targets) == set(range(1, length))  # every token but the first is predicted
+            if stride == block_size:
+                assert set(targets.values()) <= {1}
+        assert plain(Blocks(stream_of(length), block_size)) == plain(Blocks(stream_of(length), block_size, block_size))
+
+
+def test_the_last_block_is_short_and_the_one_before_shares_a_token():
+    blocks = Blocks(stream_of(10), 4)
+    assert plain(blocks) == [([0, 1, 2, 3, 4], [True] * 5), ([4, 5, 6, 7, 8], [True] * 5), ([8, 9], [True] * 2)]
+    assert all(before.ids[-1] == after.ids[0] for before, after in pairwise(blocks))
+    overlapping = Blocks(stream_of(10), 4, stride=2)
+    expected = [[0, 1, 2, 3, 4], [2, 3, 4, 5, 6], [4, 5, 6, 7, 8], [6, 7, 8, 9]]
+    assert [block.ids.tolist() for block in overlapping] == expected
+
+
+def test_blocks_of_a_stretch():
+    store = stream_of(20)
+    assert [block.ids.tolist() for block in Blocks(store, 4, start=14)] == [[14, 15, 16, 17, 18], [18, 19]]
+    assert [block.ids.tolist() for block in Blocks(store, 4, stop=6)] == [[0, 1, 2, 3, 4], [4, 5]]
+    assert [block.ids.tolist() for block in Blocks(store, 4, start=3, stop=8)] == [[3, 4, 5, 6, 7]]
+    assert len(Blocks(store, 4, start=20)) == len(Blocks(store, 4, start=19)) == 0
+    with pytest.raises(IndexError):
+        Blocks(store, 4)[5]
+
+
+@pytest.mark.parametrize("stride", [0, -1, 5])
+def test_a_stride_that_skips_or_stands_still_is_refused(stride):
+    with pytest.raises(ValueError, match=f"^--stride {stride} must lie between 1 and --block_size 4"):
+        Blocks(stream_of(9), 4, stride)
+
+
+def fake_store(size: int) -> list[Example]:
+    class Store(list):
+        lengths, prompt_lengths = np.arange(size) + 2, np.arange(size) * 3
+
+    return Store(Example([n, n + 1], [True, True]) for n in range(size))
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "held_out"),
+    [(100, 0.05, 5), (100, 0.1, 10), (10, 0.05, 1), (2, 0.05, 1), (2, 0.99, 1), (3, 0.99, 2), (1, 0.5, 0), (10, 0, 0)],
+)
+def test_split(size, share, held_out):
+    data = fake_store(size)
+    train, validation = split(data, share, seed=1)
+    assert (len(train), len(validation)) == (size - held_out, held_out)
+    assert sorted([*train.indices, *validation.indices]) == list(range(size))
+    for part in (train, validation):
+        assert plain(part) == plain(data[index] for index in part.indices)
+        assert part.lengths.tolist() == [index + 2 for index in part.indices]
+        assert part.prompt_lengths.tolist() == [index * 3 for index in part.indices]
+    again = split(data, share, seed=1)
+    assert [part.indices.tolist() for part in again] == [train.indices.tolist(), validation.indices.tolist()]
+
+
+def test_another_seed_holds_out_others():
+    held_out = [split(fake_store(1000), 0.05, seed)[1].indices.tolist() for seed in range(4)]
+    assert all(len(set(a) & set(b)) < 15 for a, b in pairwise(held_out))
+    assert min(map(min, held_out)) < 100 and max(map(max, held_out)) > 900  # from everywhere
+
+
+def test_a_split_store(tmp_path, cache):
+    store = build(write(tmp_path / "data.jsonl", ROWS), cache)
+    train, validation = split(store, 0.2, 0)
+    assert isinstance(train, Subset)
+    assert sorted(plain([*train, *validation])) == sorted(plain(store))

@@ -1,0 +1,202 @@
+"""Answers for a dataset and their scores, by a model that knows eight answers by heart."""
+
+import json
+
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+
+from minigpt.arguments import TrainConfig
+from minigpt.data.dataset import encode_example
+from minigpt.data.prompts import get_template
+from minigpt.data.records import Conversation
+from minigpt.data.store import Blocks, build_store, build_text_store
+from minigpt.inference.predict import Scores, predict, predict_file, score, show_answers, show_text
+from minigpt.model.gpt2 import GPT, GPTConfig
+from minigpt.training.engine import make_engine
+from minigpt.training.loop import train
+
+TEMPLATE = get_template("io")
+ROWS = [
+    ("Capital of France?", "", "The capital of France is Paris."),
+    ("Capital of Sweden?", "", "Stockholm."),
+    ("Plural of mouse?", "", "The plural of mouse is mice, as everybody knows who keeps them."),
+    ("Opposite.", "hot", "cold"),
+    ("Opposite.", "up", "down"),
+    ("Add.", "2 and 3", "2 + 3 = 5"),
+    ("Say something long about the sea, please, and be quick about it.", "", "It is wide."),
+    ("Spell it.", "cat", "c-a-t"),
+]
+ALPACA = [{"instruction": a, "input": b, "output": c} for a, b, c in ROWS]
+CONVERSATIONS = [
+    [{"role": "user", "content": a, **({"input": b} if b else {})}, {"role": "assistant", "content": c}]
+    for a, b, c in ROWS
+]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Overfit on the eight rows. Were the end-of-text masked because it is also the padding, it would never stop."""
+    torch.manual_seed(0)
+    config = GPTConfig(
+        tokenizer.vocab_size, n_positions=64, n_embd=128, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    data = [encode_example(Conversation(messages), TEMPLATE, tokenizer, 64) for messages in CONVERSATIONS]
+    model = GPT(config)
+    settings = TrainConfig(learning_rate=5e-3, warmup_steps=3, max_steps=80)
+    train(settings, make_engine(model, settings), data)
+    return model.eval()
+
+
+def answers(model, tokenizer, conversations=CONVERSATIONS, **settings):
+    return predict(model, tokenizer, TEMPLATE, conversations, **{"max_new_tokens": 24, "batch_size": 3, **settings})
+
+
+def test_a_model_that_learnt_its_answers_gives_them_all_and_stops(model, tokenizer):
+    predictions = answers(model, tokenizer)
+    assert [p.prediction for p in predictions] == [row[2] for row in ROWS]  # in the order of the data
+    assert [p.prompt for p in predictions] == [messages[:-1] for messages in CONVERSATIONS]
+    assert all(p.stopped and p.exact_match and p.rouge_l == 1.0 for p in predictions)
+    assert score(predictions) == Scores(answers=8, exact_match=1.0, rouge_l=1.0, stop_rate=1.0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 100])
+def test_the_batch_size_changes_nothing(model, tokenizer, batch_size):
+    assert answers(model, tokenizer, batch_size=batch_size) == answers(model, tokenizer)
+
+
+def test_draws_belong_to_a_row_and_not_to_its_batch(model, tokenizer):
+    drawn = [answers(model, tokenizer, temperature=3.0, seed=1, batch_size=size) for size in (1, 8)]
+    assert drawn[0] == drawn[1] != answers(model, tokenizer, temperature=3.0, seed=2)
+
+
+def test_rouge_l_of_partly_right_answers(model, tokenizer):
+    references = [
+        "The capital of Sweden is Paris.",
+        "Oslo.",
+        "the plural is MICE",
+        "colder",
+        " \ndown\n",
+        "5",
+        "",
+        "a t",
+    ]
+    conversations = [
+        [messages[0], {"role": "assistant", "content": reference}]
+        for messages, reference in zip(CONVERSATIONS, references, strict=True)
+    ]
+    found = answers(model, tokenizer, conversations)
+    judge = RougeScorer(["rougeL"], use_stemmer=False)
+    expected = [
+        judge.score(reference, row[2])["rougeL"].fmeasure for reference, row in zip(references, ROWS, strict=True)
+    ]
+    assert [p.rouge_l for p in found] == expected
+    assert found[0].rouge_l == pytest.approx(5 / 6)  # five of six words in order, on both sides
+    assert [p.exact_match for p in found] == [False] * 4 + [True] + [False] * 3  # blanks around it do not count
+    assert found[4].reference == "down"
+    assert score(found) == Scores(8, 1 / 8, sum(expected) / 8, 1.0)
+
+
+def test_an_answer_that_is_cut_has_not_stopped(model, tokenizer):
+    predictions = answers(model, tokenizer, max_new_tokens=3)
+    assert [p.stopped for p in predictions] == [len(tokenizer.encode(row[2])) < 3 for row in ROWS]
+    assert 0 < score(predictions).stop_rate < 1
+
+
+def test_a_prompt_without_room_is_cut_as_in_chat(model, tokenizer):
+    long = [*CONVERSATIONS[1] * 9, *CONVERSATIONS[0]]  # more turns than the context holds
+    [prediction] = answers(model, tokenizer, [long], max_new_tokens=40)
+    assert prediction.prediction == ROWS[0][2]
+    assert prediction.prompt == long[:-1]
+    with pytest.raises(ValueError, match="leaves nothing of the model's context"):
+        answers(model, tokenizer, max_new_tokens=64)
+
+
+def test_no_answer_to_compare_with_is_refused(model, tokenizer):
+    for bad in ([], CONVERSATIONS[0][:1], [{"role": "text", "content": "Once"}]):
+        with pytest.raises(ValueError, match="conversation 1 has no question, or no answer to compare with"):
+            answers(model, tokenizer, [CONVERSATIONS[0], bad])
+
+
+# ---- files
+
+
+@pytest.fixture
+def write(model, tokenizer, tmp_path):
+    def write(rows, **settings):
+        data = tmp_path / "data.json"
+        data.write_text(json.dumps(rows), encoding="utf-8")
+        return predict_file(
+            str(data), tmp_path / "out", model, tokenizer, TEMPLATE, max_new_tokens=24, batch_size=4, **settings
+        )
+
+    return write
+
+
+def test_files(write, tmp_path, capsys):
+    scores = write(ALPACA)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in lines] == [row[2] for row in ROWS]
+    assert lines[3] == {
+        "prompt": [{"role": "user", "content": "Opposite.", "input": "hot"}],
+        "reference": "cold",
+        "prediction": "cold",
+        "stopped": True,
+        "exact_match": True,
+        "rouge_l": 1.0,
+    }
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == scores._asdict()
+    assert scores == Scores(answers=8, exact_match=1.0, rouge_l=1.0, stop_rate=1.0)
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/out/predictions.jsonl: 8 answers: exact match 100.0%, ROUGE-L 1.000, 100.0% stop by themselves\n"
+    )
+
+
+def test_predictions_are_not_written_over(write, tmp_path):
+    write(ALPACA[:2])
+    with pytest.raises(FileExistsError, match=r"predictions.jsonl: is there already; give another --output_dir, or"):
+        write(ALPACA)
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 2
+    assert write(ALPACA, overwrite=True).answers == 8
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_text_in_the_data_is_refused_where_it_stands(write, tmp_path):
+    with pytest.raises(ValueError, match=r"data.json:1: plain text, expected a question and its answer"):
+        write([{"text": "Once upon a time."}])
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+# ---- samples at an evaluation
+
+
+def test_show_answers(model, tokenizer, tmp_path, capsys):
+    data = tmp_path / "data.json"
+    turns = [*CONVERSATIONS[1], {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Nobody knows."}]
+    data.write_text(json.dumps([ALPACA[0], {"text": "a text has no question"}, {"messages": turns}, ALPACA[2]]))
+    store = build_store([str(data)], TEMPLATE, tokenizer, 64, cache_dir=tmp_path)
+    show_answers(model, tokenizer, store, count=3, max_new_tokens=24)
+    assert capsys.readouterr().out.splitlines() == [
+        "  prompt    '### Instruction:\\nCapital of France?\\n\\n### Output:\\n'",
+        "  reference 'The capital of France is Paris.<|endoftext|>'",
+        "  answer    'The capital of France is Paris.<|endoftext|>'",
+        "  prompt    '### Instruction:\\nCapital of Sweden?\\n\\n### Output:\\n'",
+        "  reference 'Stockholm.<|endoftext|>'",  # of the first answer: that is the one the prompt asks for
+        "  answer    'Stockholm.<|endoftext|>'",
+    ]
+    show_answers(model, tokenizer, None, count=3, max_new_tokens=24)
+    assert capsys.readouterr().out == ""
+
+
+def test_show_text(model, tokenizer, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("The capital of France is Paris. " * 5)
+    data = Blocks(build_text_store([str(tmp_path / "a.txt")], tokenizer, cache_dir=tmp_path), 32)
+    for length, seed in ((8, 1), (8, 1), (8, 2)):
+        show_text(model, tokenizer, data, length, seed)
+    first, again, other = capsys.readouterr().out.splitlines()
+    start = tokenizer.decode(tokenizer.encode("The capital of France is Paris. " * 5)[:8])
+    assert first.startswith(f"  sample    {start!r} ... ")
+    assert first == again != other
+    show_text(model, tokenizer, data, 0, seed=1)
+    show_text(model, tokenizer, None, 8, seed=1)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,34 @@
+"""What a run tells while it runs."""
+
+import json
+
+from minigpt import TrainConfig
+from minigpt.training.metrics import Metrics, draw_losses
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    metrics = Metrics(TrainConfig(logging_steps=2), total_steps=5)
+    metrics.evaluated(0, 4.0)
+    for step in range(1, 6):
+        line = {"step": step, "loss": 3.5, "lr": 1e-3, "grad_norm": 1.25, "tokens": 10, "tokens_per_s": 1234.0}
+        metrics.log(line | ({"val_loss": 2.0} if step == 5 else {}))
+    metrics.close()
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "step 0/5  val_loss 4.0000"
+    assert [line.split()[1] for line in out] == ["0/5", "1/5", "2/5", "4/5", "5/5"]
+    assert out[1].startswith("step 1/5  loss 3.5000  lr 1.00e-03  grad 1.25  1,234 tok/s  0:00:0")
+    assert "val_loss 2.0000" in out[-1]
+
+
+def test_the_picture_is_drawn_from_the_file(tmp_path):
+    lines = [{"step": 0, "val_loss": 4.0}]
+    lines += [{"step": step, "loss": 4.0 / step, "tokens": 100 * step} for step in range(1, 20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_step_no_picture(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_loss": 4.0}\n')
+    assert not draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
