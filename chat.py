@@ -15,7 +15,7 @@ from minigpt.distributed import pick_device
 
 
 @dataclass
-class ChatConfig(PromptArguments, ModelArguments):
+class ChatConfig(ModelArguments, PromptArguments):
     """Talk to a GPT-2."""
 
     prompt: str | None = None
@@ -42,13 +42,13 @@ class ChatConfig(PromptArguments, ModelArguments):
 
 
 def main(config: ChatConfig) -> None:
-    # Imported here, so that --help need not wait for torch.
+    name = require(config, "model_name_or_path", "a folder or a hub id, such as runs/sft/export")
+    # Imported here, so that --help and such errors need not wait for torch.
     from minigpt.data.prompts import get_template, template_of
     from minigpt.data.tokenizer import Tokenizer
     from minigpt.inference.chat import Chat
     from minigpt.model.gpt2 import GPT
 
-    name = require(config, "model_name_or_path", "a folder or a hub id, such as runs/sft/export")
     revision = config.revision
     model = GPT.from_pretrained(name, revision=revision, device=pick_device(config.device))
     tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision)

@@ -16,7 +16,7 @@ from minigpt.distributed import pick_device, say
 
 
 @dataclass
-class SFTConfig(TrainConfig, PromptArguments, DataArguments, ModelArguments):
+class SFTConfig(ModelArguments, DataArguments, PromptArguments, TrainConfig):
     """Teach a GPT-2 to follow instructions."""
 
     max_seq_length: int | None = None
@@ -46,7 +46,8 @@ class SFTConfig(TrainConfig, PromptArguments, DataArguments, ModelArguments):
 
 
 def main(config: SFTConfig) -> None:
-    # Imported here, so that --help need not wait for torch.
+    name = require(config, "model_name_or_path", "a folder or a hub id, such as openai-community/gpt2")
+    # Imported here, so that --help and such errors need not wait for torch.
     from minigpt.data.inspect import show_examples
     from minigpt.data.prompts import get_template, template_of
     from minigpt.data.store import Blocks, build_store, build_text_store, split
@@ -59,7 +60,6 @@ def main(config: SFTConfig) -> None:
     from minigpt.training.run import run_folder
 
     # ---- what the model's folder says
-    name = require(config, "model_name_or_path", "a folder or a hub id, such as openai-community/gpt2")
     revision, device = config.revision, pick_device(config.device)
     model_config = GPTConfig.from_pretrained(name, revision, **config.config_changes)
     tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision)

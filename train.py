@@ -14,7 +14,7 @@ from minigpt.distributed import pick_device, say
 
 
 @dataclass
-class PretrainConfig(TrainConfig, DataArguments, ModelArguments):
+class PretrainConfig(ModelArguments, DataArguments, TrainConfig):
     """Train a GPT-2 on raw text: continue from a model, or start from nothing."""
 
     config_name: str | None = None
@@ -38,7 +38,8 @@ class PretrainConfig(TrainConfig, DataArguments, ModelArguments):
 
 
 def main(config: PretrainConfig) -> None:
-    # Imported here, so that --help need not wait for torch.
+    require(config, "data", "a text file, a folder, a glob or hf://datasets/OWNER/NAME/FILE")
+    # Imported here, so that --help and such errors need not wait for torch.
     import torch
 
     from minigpt.data.prompts import get_template
@@ -50,8 +51,6 @@ def main(config: PretrainConfig) -> None:
     from minigpt.training.engine import make_engine
     from minigpt.training.loop import train
     from minigpt.training.run import run_folder
-
-    require(config, "data", "a text file, a folder, a glob or hf://datasets/OWNER/NAME/FILE")
 
     # ---- tokenizer and shape
     name = config.model_name_or_path

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 
 def find_file(name_or_folder: str | Path, filename: str, revision: str | None = None) -> Path | None:
@@ -31,7 +31,7 @@ def find_file(name_or_folder: str | Path, filename: str, revision: str | None = 
 
 def fetch(repo_id: str, filename: str, revision: str | None = None, repo_type: str = "model") -> Path | None:
     """Downloads one file of a hub repository into huggingface_hub's cache, or finds it there."""
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
     offline = not _hub_is_reachable()
     try:
@@ -39,6 +39,8 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, repo_type: s
             hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type, local_files_only=offline)
         )
     except errors.LocalEntryNotFoundError as error:  # offline, and not in the cache: a subclass of the next
+        if offline and try_to_load_from_cache(repo_id, "config.json", revision=revision, repo_type=repo_type):
+            return None  # the rest of the model is: what is not there was not wanted, or never was
         raise FileNotFoundError(
             f"{repo_id}: no such folder here, and the hub cannot be reached for {filename} "
             "(give a local folder, or download once with a network)"
@@ -59,11 +61,12 @@ def _hub_is_reachable() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if getproxies():  # whoever asks through a proxy may not reach the hub directly
-        return True
     url = urlsplit(constants.ENDPOINT)
+    host = url.hostname or ""
+    if {url.scheme, "all"} & getproxies().keys() and not proxy_bypass(host):
+        return True  # whoever asks through a proxy may not reach the hub directly
     try:
-        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
+        socket.create_connection((host, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
     except OSError:
         return False
     return True

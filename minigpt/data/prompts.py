@@ -13,6 +13,7 @@ hugchat is HugNLP/HugChat's; io and iio are those of ArmelRandy/Self-instruct.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -264,10 +265,10 @@ def template_of(model: str | Path, revision: str | None = None) -> str | Path:
 
 
 def _read(folder: str | Path) -> Template:
-    try:
-        path = Path(folder) if Path(folder).name == TEMPLATE_FILE else find_file(folder, TEMPLATE_FILE)
-    except FileNotFoundError:
-        path = None
+    path = Path(folder) if Path(folder).name == TEMPLATE_FILE else None
+    if path is None and (Path(folder).is_dir() or "/" in str(folder)):  # a misspelt name asks no hub
+        with suppress(FileNotFoundError):
+            path = find_file(folder, TEMPLATE_FILE)
     if path is None or not path.is_file():
         raise ValueError(
             f"no template {str(folder)!r}; one of {', '.join(TEMPLATES)}, or a folder with {TEMPLATE_FILE}"

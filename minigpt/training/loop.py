@@ -109,7 +109,7 @@ def train(
 
     def evaluate_now(step: int) -> float | None:
         """The validation loss, or None without data; the best weights so far go out."""
-        if eval_data is None:
+        if not eval_data:
             return None
         val_loss = evaluate(engine, eval_data, config.per_device_eval_batch_size)
         if on_eval is not None:

@@ -39,6 +39,7 @@ def test_a_split_deals_every_fact_once():
         assert sorted(f.key for hand in split for f in hand) == sorted(f.key for f in read_facts())
         assert all(fact.kind.tested for fact in split.held_out + split.control)
         assert len(split.held_out) >= 100 and len(split.control) >= 50 and len(split.tuned) > 7 * len(split.held_out)
+        assert "China" in {fact.key for fact in split.held_out}
     assert {f.key for f in split_facts(1).held_out} != {f.key for f in split_facts(2).held_out}
 
 

@@ -90,7 +90,9 @@ def test_end_of_text_in_a_conversation_forges_nothing(name):
     ids = encode(messages, template=get_template(name)).ids
     assert ids.count(EOT) == 2
     assert TOKENIZER.decode(ids).count(END_OF_TEXT) == 2 + 2 * 6
-    assert encode([{"role": "text", "content": typed}], template=get_template(name)).ids.count(EOT) == 1
+    for text in (typed, END_OF_TEXT):
+        assert encode([{"role": "text", "content": text}], template=get_template(name)).ids.count(EOT) == 1
+        assert encode([user(text), assistant(text)], template=get_template(name)).ids.count(EOT) == 1
 
 
 def test_segments_are_encoded_each_on_its_own():

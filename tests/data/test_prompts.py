@@ -6,9 +6,11 @@ import random
 from dataclasses import replace
 from itertools import product
 
+import jinja2
 import pytest
 from transformers import AutoTokenizer
 
+from minigpt import files
 from minigpt.data import prompts
 from minigpt.data.dataset import encode_segments, fit_examples
 from minigpt.data.prompts import TEMPLATES, Segment, Template, get_template, template_of
@@ -109,6 +111,7 @@ def test_exact_strings(name, case):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_text_is_verbatim(name):
+    assert get_template(name).render([]) == []
     text = Segment("Once upon\n a time ", supervised=True)
     assert get_template(name).render([TEXT]) == [text, EOT]
     assert get_template(name).render([TEXT], add_generation_prompt=True) == [text]
@@ -137,10 +140,6 @@ def test_wrong_turns_are_refused(name):
     with pytest.raises(ValueError) as caught:
         get_template("alpaca").render(messages, add_generation_prompt)
     assert str(caught.value) == message
-
-
-def test_nothing_renders_as_nothing():
-    assert get_template("alpaca").render([]) == []
 
 
 def text_of(segments: list[Segment]) -> str:
@@ -184,6 +183,7 @@ def test_trigger_words_change_everywhere(name):
     assert template.stop_strings() == stop
     assert template.read_answer(f" Paris.\n\n{stop[0]} more") == "Paris."
     assert get_template(name) == TEMPLATES[name]  # the built-in one is as it was
+    assert get_template(name, **{**words, min(words): ""}).triggers[min(words)] == ""  # empty is a word, too
 
 
 def test_stop_strings_of_the_built_in_templates():
@@ -316,9 +316,10 @@ def test_broken_files_are_named_in_one_line(name, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_no_such_template(tmp_path):
+def test_no_such_template(tmp_path, monkeypatch):
     names = "one of alpaca, alpaca-short, hugchat, input-output, io, iio, none, or a folder with prompt_template.json"
-    for folder in (tmp_path, tmp_path / "absent", tmp_path / "absent" / "prompt_template.json"):
+    monkeypatch.setattr(files, "fetch", None)  # a misspelt name asks no hub
+    for folder in ("alpca", tmp_path, tmp_path / "absent", tmp_path / "absent" / "prompt_template.json"):
         with pytest.raises(ValueError) as caught:
             get_template(folder)
         assert str(caught.value) == f"no template '{folder}'; {names}"
@@ -380,14 +381,12 @@ def test_chat_template_says_the_same(name, tokenizer_folder):
         assert rendered == text_of(template.render(messages, add_generation_prompt))
 
 
-def test_an_input_of_none_is_no_input(tokenizer_folder):
-    """Tables have a column `input` in every row, and None in the rows without one."""
-    template = get_template("iio")
-    template.save_pretrained(tokenizer_folder)
-    messages = [{**QUESTION, "input": None}, ANSWER]
-    judge = AutoTokenizer.from_pretrained(tokenizer_folder)
+def test_an_input_of_none_is_no_input():
+    """Tables have a column `input` in every row, None where there is none; not every tool strips it off."""
+    template, messages = get_template("iio"), [{**QUESTION, "input": None}, ANSWER]
     assert text_of(template.render(messages)) == IIO + "Paris.<|endoftext|>"
-    assert judge.apply_chat_template(messages, tokenize=False) == IIO + "Paris.<|endoftext|>"
+    rendered = jinja2.Template(template.to_jinja()).render(messages=messages, eos_token=END_OF_TEXT)
+    assert rendered == IIO + "Paris.<|endoftext|>"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

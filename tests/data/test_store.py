@@ -20,6 +20,8 @@ from minigpt.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.tiny()
 EOT = TOKENIZER.eot_id
+RANKS = TOKENIZER._ranks
+OTHER = Tokenizer({**RANKS, b"a": RANKS[b"b"], b"b": RANKS[b"a"]}, {"<|endoftext|>": EOT})  # of the same size
 IO = get_template("io")
 ROWS = [{"instruction": f"Name {n}.", "input": "", "output": f"It is {n}."} for n in range(30)]
 
@@ -87,7 +89,7 @@ def test_more_conversations_than_are_encoded_together(tmp_path, cache, monkeypat
 
 
 def test_a_vocabulary_of_more_than_two_bytes(tmp_path, cache):
-    wide = Tokenizer(TOKENIZER._ranks, {"<|endoftext|>": 70_000})
+    wide = Tokenizer(RANKS, {"<|endoftext|>": 70_000})
     path = write(tmp_path / "data.jsonl", ROWS)
     store = build(path, cache, tokenizer=wide)
     assert store.ids.dtype == np.uint32
@@ -96,31 +98,30 @@ def test_a_vocabulary_of_more_than_two_bytes(tmp_path, cache):
 
 
 def test_statistics(tmp_path, cache):
-    """Texts of 1 to 21 tokens, each with its end of text; one empty; one too long; two lines that are no records."""
-    assert len(TOKENIZER.encode(" the" * 30)) == 30
-    lengths = random.Random(0).sample(range(1, 22), 21)
-    rows = [*({"text": " the" * n} for n in lengths), {"text": ""}, {"text": " the" * 30}, "{", "[]"]
-    ask = {"instruction": "Name it.", "output": " the the"}
-    path = write(tmp_path / "data.jsonl", [*rows, ask])
-    stats = build(path, cache, max_seq_length=24, skip_bad_records=2).stats
-    asked = len(TOKENIZER.encode("### Instruction:\nName it.\n\n### Output:\n")) + 3
-    assert 13 <= asked <= 22  # in the upper half, and not among the two longest
+    """Texts of 1 to 39 tokens, and their ends; two prompts, one too long; a long and an empty text; two bad lines."""
+    assert len(TOKENIZER.encode(" the" * 99)) == 99
+    rows = [{"text": " the" * n} for n in random.Random(0).sample(range(1, 40), 39)]
+    rows += [{"instruction": "Name it.", "output": " the"}, {"instruction": " the" * 99, "output": " the"}]
+    path = write(tmp_path / "data.jsonl", [*rows, {"text": " the" * 99}, {"text": ""}, "{", "[]"])
+    asked = len(TOKENIZER.encode("### Instruction:\nName it.\n\n### Output:\n")) + 2
+    assert asked < 20
+    stats = build(path, cache, skip_bad_records=2).stats
     assert vars(stats) == {
-        "examples": 23,
-        "tokens": sum(range(2, 23)) + 25 + asked,
-        "supervised_tokens": sum(range(2, 23)) + 25 + 3,
-        "length_p50": 13,  # the 12th of 23
-        "length_p95": 22,  # the 22nd of 23
-        "length_max": 25,
+        "examples": 42,
+        "tokens": sum(range(2, 41)) + asked + 2 * 65,
+        "supervised_tokens": sum(range(2, 41)) + 2 + 2 + 65,
+        "length_p50": 21,  # between the 21st and the 22nd of 42, which are 21 and 22
+        "length_p95": 40,  # the 40th
+        "length_max": 65,
         "dropped": 1,
-        "cut": 1,
+        "cut": 2,
         "bad_records": 2,
     }
     assert str(stats) == (
-        f"23 examples, {277 + asked} tokens (280 supervised), lengths p50 13 p95 22 max 25; "
-        "1 dropped, 1 cut, 2 bad records"
+        f"42 examples, {949 + asked} tokens (888 supervised), lengths p50 21 p95 40 max 65; "
+        "1 dropped, 2 cut, 2 bad records"
     )
-    assert build(path, cache, max_seq_length=24, skip_bad_records=2).stats == stats  # read again from disk
+    assert build(path, cache, skip_bad_records=2).stats == stats  # read again from disk
 
 
 def test_nothing_to_learn_is_a_named_error(tmp_path, cache):
@@ -166,7 +167,7 @@ CHANGES = {
     "a separator": {"template": replace(IO, separator="\n")},
     "a trigger": {"template": get_template("io", output="Answer")},
     "a stop string": {"template": replace(IO, stop=())},
-    "the tokenizer": {"tokenizer": Tokenizer(TOKENIZER._ranks, {**TOKENIZER.special_tokens, "<|pad|>": 4096})},
+    "the tokenizer": {"tokenizer": OTHER},
     "max_seq_length": {"max_seq_length": 65},
     "train_on_prompt": {"train_on_prompt": True},
     "skip_bad_records": {"skip_bad_records": 1},
@@ -255,10 +256,9 @@ def test_a_text_in_pieces_is_encoded_as_one(tmp_path, cache, monkeypatch):
 
 def test_text_store_is_keyed_too(tmp_path, cache, builds):
     path = tmp_path / "a.txt"
-    other = Tokenizer(TOKENIZER._ranks, {**TOKENIZER.special_tokens, "<|pad|>": 4096})
-    for text in ("One king.", "One queen."):
+    for text in ("A bad king.", "A bad queen."):
         path.write_text(text)
-        for tokenizer in (TOKENIZER, other, TOKENIZER):
+        for tokenizer in (TOKENIZER, OTHER, TOKENIZER):
             store = build_text_store([str(path)], tokenizer, cache_dir=cache)
             assert store.ids.tolist() == [*TOKENIZER.encode(text), EOT]
     assert len(builds) == 4

@@ -155,7 +155,7 @@ print(len(store), peak() - before, peak())
     [
         (16, 30),
         pytest.param(80, 40, marks=pytest.mark.slow),
-        pytest.param(2048, 400, marks=pytest.mark.slow),
+        pytest.param(2048, 300, marks=pytest.mark.slow),
     ],
 )
 def test_memory_is_bounded(megabytes, growth, tmp_path, cache):

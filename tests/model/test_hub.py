@@ -79,7 +79,8 @@ def test_half_precision_files_load_as_fp32_unless_asked(copy, dtype):
 def test_fp32_weights_are_the_file_mapped_and_writing_them_leaves_the_file_alone(copy):
     before = (copy / "model.safetensors").read_bytes()
     model = GPT.from_pretrained(copy)
-    mapped = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(copy) in line]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split()[0].split("-") for line in maps if str(copy) in line]
     spans = [range(int(start, 16), int(end, 16)) for start, end in mapped]
     assert all(any(weight.data_ptr() in span for span in spans) for weight in model.parameters())
     with torch.no_grad():

@@ -1,0 +1,149 @@
+"""The exported folder, opened by minigpt and by transformers."""
+
+import json
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+from minigpt.data.prompts import get_template
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.model.gpt2 import GPT, GPTConfig
+from minigpt.training.checkpoint import export
+
+TEMPLATE = get_template("alpaca", output="Answer")
+FILES = [
+    *("README.md", "chat_template.jinja", "config.json", "generation_config.json", "merges.txt", "model.safetensors"),
+    *("prompt_template.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.tiny()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Every weight is drawn at std 0.2, so that nothing is lost unseen: no bias is 0, no gain is 1."""
+    torch.manual_seed(0)
+    eot = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    model = GPT(GPTConfig(tokenizer.vocab_size, n_positions=96, n_embd=48, n_layer=3, n_head=4, **eot)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "export"
+    export(folder, model, tokenizer, TEMPLATE, training="Trained on air.")
+    return folder
+
+
+def test_the_folder_holds_what_the_design_lists(folder):
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+
+
+def test_transformers_opens_the_model(folder, model):
+    judge = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(judge) is transformers.GPT2LMHeadModel
+    ids = torch.randint(model.config.vocab_size, (4, 96), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected, found = judge(ids).logits, model(ids)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert judge.generation_config.eos_token_id == judge.config.eos_token_id == model.config.eos_token_id
+    assert judge.config.n_positions == 96
+
+
+def test_transformers_opens_the_tokenizer(folder, tokenizer):
+    judge = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in (
+        "The capital of France is Paris.",
+        "  a\n\n\tb  ",
+        "日本語 😀 e\u0301",
+        "don't 12345 ###",
+        "<|endoftext|",
+    ):
+        assert judge(text)["input_ids"] == tokenizer.encode(text)
+        assert judge.decode(tokenizer.encode(text)) == text
+    assert (judge.eos_token_id, judge.model_max_length, len(judge)) == (tokenizer.eot_id, 96, tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]], ids=["", "system"])
+def test_transformers_renders_the_template(folder, system):
+    judge = transformers.AutoTokenizer.from_pretrained(folder)
+    assert judge.chat_template == (folder / "chat_template.jinja").read_text() == TEMPLATE.to_jinja()
+    messages = [
+        *system,
+        {"role": "user", "content": "Add.", "input": "2 and 3"},
+        {"role": "assistant", "content": "5"},
+        {"role": "user", "content": "Why?"},
+    ]
+    expected = "".join(segment.text for segment in TEMPLATE.render(messages, add_generation_prompt=True))
+    assert judge.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+    assert "### Answer:\n5<|endoftext|>\n\n### Instruction:\nWhy?\n\n### Answer:\n" in expected
+
+
+def test_minigpt_opens_all_of_it(folder, model, tokenizer):
+    again = GPT.from_pretrained(folder)
+    assert again.config == model.config
+    assert Tokenizer.from_pretrained(folder).fingerprint == tokenizer.fingerprint
+    assert get_template(folder) == TEMPLATE
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_tied_head_is_not_written(folder, model):
+    tensors = load_file(folder / "model.safetensors")
+    assert not any("lm_head" in name for name in tensors)
+    assert sum(tensor.numel() for tensor in tensors.values()) == model.num_parameters()
+    assert torch.equal(tensors["transformer.wte.weight"], model.wte.weight)
+    assert torch.equal(tensors["transformer.h.1.mlp.c_fc.weight"], model.h[1].mlp.c_fc.weight.t())
+
+
+def test_loaded_and_written_again_is_the_same_to_the_byte(folder, tmp_path):
+    export(tmp_path, GPT.from_pretrained(folder), Tokenizer.from_pretrained(folder), get_template(folder))
+    for name in FILES:
+        if name != "README.md":  # which says how the model came about
+            assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_weights_that_an_engine_gathered_go_before_the_models_own(model, tokenizer, tmp_path):
+    gathered = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    export(tmp_path, model, tokenizer, TEMPLATE, gathered)
+    again = GPT.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in gathered.items())
+
+
+def test_an_older_export_is_replaced(model, tokenizer, folder, tmp_path):
+    export(
+        tmp_path,
+        GPT(GPTConfig(tokenizer.vocab_size, n_positions=8, n_embd=4, n_layer=1, n_head=1)),
+        tokenizer,
+        get_template("none"),
+    )
+    opened = GPT.from_pretrained(tmp_path)  # memory-mapped: the file it stands on is replaced, not written into
+    before = opened.wte.weight.clone()
+    export(tmp_path, model, tokenizer, TEMPLATE, training="Trained on air.")
+    assert torch.equal(opened.wte.weight, before)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_the_card(folder, model):
+    _, head, body = (folder / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head) == {"pipeline_tag": "text-generation", "tags": ["gpt2", "minigpt"]}
+    shape = "3 layers, 48 wide, 4 heads, context 96, vocabulary"
+    assert f"{shape} {model.config.vocab_size:,}: {model.num_parameters():,} parameters." in body
+    assert "\n\nTrained on air.\n\n" in body
+    assert "### Instruction:\nName the capital of France.\n\n### Answer:\nParis.<|endoftext|>\n```" in body
+
+
+def test_numbers_in_the_files(folder, tokenizer):
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["architectures"], config["dtype"]) == ("gpt2", ["GPT2LMHeadModel"], "float32")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}

@@ -1,0 +1,185 @@
+"""The run folder: who may write into it, what is in it, and what is left of a run that failed."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from minigpt.arguments import DataArguments, ModelArguments, TrainConfig
+from minigpt.config import parse
+from minigpt.training.run import run_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Config(TrainConfig, DataArguments, ModelArguments):
+    """A script's configuration."""
+
+    words: list[str] = field(default_factory=list)
+    """Some words."""
+
+
+def config(folder, **settings):
+    return Config(output_dir=str(folder), **settings)
+
+
+def finish(folder, **settings):
+    """A run that makes a step and leaves an export."""
+    with run_folder(config(folder, **settings), "unused"):
+        (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+        (folder / "export").mkdir()
+        (folder / "export" / "model.safetensors").write_text("weights")
+
+
+def contents(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_folder_is_the_flags_or_the_scripts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unset = Config()
+    with run_folder(unset, "runs/script") as folder:
+        assert (str(folder), unset.output_dir) == ("runs/script", "runs/script")
+    with run_folder(Config(output_dir="elsewhere"), "runs/script") as folder:
+        assert str(folder) == "elsewhere"
+    assert contents(tmp_path) == [
+        "elsewhere/.lock",
+        "elsewhere/config.yaml",
+        "runs/script/.lock",
+        "runs/script/config.yaml",
+    ]
+
+
+def test_the_saved_configuration_repeats_the_run(tmp_path):
+    settings = config(
+        tmp_path, learning_rate=1e-3, data=["a b.json", "é.json"], bf16=True, max_steps=None, words=["no"]
+    )
+    with run_folder(settings, "unused"):
+        pass
+    assert parse(Config, ["--config", str(tmp_path / "config.yaml")]) == settings
+
+
+def test_a_second_run_is_refused_by_name(tmp_path):
+    with run_folder(config(tmp_path), "unused"):
+        with (
+            pytest.raises(FileExistsError) as caught,
+            run_folder(config(tmp_path, overwrite_output_dir=True), "unused"),
+        ):
+            pass
+        assert str(caught.value) == (
+            f"{tmp_path}: another run, process {os.getpid()}, is writing into this folder; give another --output_dir"
+        )
+        assert contents(tmp_path) == [".lock", "config.yaml"]  # the first run's: nothing of it was touched
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path):
+    code = f"""
+import time
+from minigpt.arguments import TrainConfig
+from minigpt.training.run import run_folder
+with run_folder(TrainConfig(output_dir={str(tmp_path)!r}), "unused"):
+    print("claimed", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "claimed\n"
+            with (
+                pytest.raises(FileExistsError, match=f"another run, process {process.pid}, is writing"),
+                run_folder(config(tmp_path), "unused"),
+            ):
+                pass
+        finally:
+            process.send_signal(signal.SIGKILL)
+    finish(tmp_path, overwrite_output_dir=True)
+    assert contents(tmp_path) == [".lock", "config.yaml", "export/model.safetensors", "metrics.jsonl"]
+
+
+def test_a_finished_run_is_not_written_over(tmp_path):
+    finish(tmp_path)
+    with pytest.raises(FileExistsError) as caught, run_folder(config(tmp_path), "unused"):
+        pass
+    assert str(caught.value) == (
+        f"{tmp_path}: holds a run (config.yaml, metrics.jsonl, export); give another --output_dir, "
+        "or --overwrite_output_dir"
+    )
+    assert contents(tmp_path) == [".lock", "config.yaml", "export/model.safetensors", "metrics.jsonl"]
+
+
+def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
+    (tmp_path / "notes").mkdir()
+    for name in ("notes/a.md", "data.json", "export.txt", "predictions.jsonl"):
+        (tmp_path / name).write_text("mine")
+    finish(tmp_path)
+    (tmp_path / "export-best").mkdir()
+    (tmp_path / "loss.png").write_text("picture")
+    with run_folder(config(tmp_path, overwrite_output_dir=True, seed=7), "unused"):
+        assert contents(tmp_path) == [
+            *(".lock", "config.yaml", "data.json", "export.txt", "notes/a.md", "predictions.jsonl")
+        ]
+        assert "seed: 7\n" in (tmp_path / "config.yaml").read_text()
+    assert not (tmp_path / "export-best").exists()
+
+
+def test_a_link_to_an_export_is_removed_and_not_what_it_leads_to(tmp_path):
+    finish(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "export").symlink_to(tmp_path / "a" / "export")
+    with run_folder(config(tmp_path / "b", overwrite_output_dir=True), "unused"):
+        pass
+    assert contents(tmp_path / "a") == [".lock", "config.yaml", "export/model.safetensors", "metrics.jsonl"]
+    assert contents(tmp_path / "b") == [".lock", "config.yaml"]
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "tokenizer_name"])
+def test_a_run_does_not_remove_what_it_starts_from(tmp_path, monkeypatch, name):
+    """`sft.py --model_name_or_path runs/sft/export --overwrite_output_dir` would delete its own model."""
+    monkeypatch.chdir(tmp_path)
+    finish(tmp_path / "run")
+    with (
+        pytest.raises(FileExistsError) as caught,
+        run_folder(
+            Config(output_dir="run", overwrite_output_dir=True, **{name: str(tmp_path / "run/export")}), "unused"
+        ),
+    ):
+        pass
+    assert (
+        str(caught.value)
+        == "run/export: this run starts from it, so it cannot take its place; give another --output_dir"
+    )
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError, KeyboardInterrupt])
+def test_a_run_that_fails_before_its_first_step_leaves_no_trace(tmp_path, error):
+    """Otherwise the same command, its data mended, would be refused."""
+    with pytest.raises(error), run_folder(config(tmp_path), "unused"):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_loss": 2.5}\n')
+        raise error
+    assert contents(tmp_path) == [".lock"]
+    finish(tmp_path)
+
+
+def test_a_run_that_fails_later_keeps_what_it_has(tmp_path):
+    with pytest.raises(FloatingPointError), run_folder(config(tmp_path), "unused"):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+        raise FloatingPointError
+    assert contents(tmp_path) == [".lock", "config.yaml", "metrics.jsonl"]
+    with (
+        pytest.raises(FileExistsError, match=r"holds a run \(config.yaml, metrics.jsonl\)"),
+        run_folder(config(tmp_path), "unused"),
+    ):
+        pass
+
+
+def test_only_the_first_rank_touches_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with run_folder(config(tmp_path / "run"), "unused") as folder:
+        assert folder == tmp_path / "run"
+    assert not folder.exists()
