@@ -4,15 +4,14 @@ A model, a tokenizer, a template and a dataset all come either from a local fold
 hub. The hub side is huggingface_hub's: its cache, `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_TOKEN`, its progress bar.
 """
 
-import os
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
+from uuid import uuid4
 
 
 def find_file(name_or_folder: str | Path, filename: str, revision: str | None = None) -> Path | None:
@@ -79,18 +78,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     A reader sees the old file or the new one, never half of one, and a memory map of the old one stays valid.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

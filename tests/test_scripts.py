@@ -371,7 +371,7 @@ def test_chat_reads_standard_input(work, tuned):
         ("sft.py", "--seed x", 2, "--seed: expected a whole number, got 'x'"),
         ("train.py", "--data corpus.txt", 2, "give either --model_name_or_path, to continue from a model, or"),
         ("chat.py", "--model_name_or_path model --template alpca", 1, "no template 'alpca'; one of alpaca,"),
-        ("sft.py", "--model_name_or_path model --data train.json --max_seq_length 97", 1, "--max_seq_length 97 is more"),
+        ("sft.py", "--model_name_or_path model --data train.json --max_seq_length 97", 1, "--max_seq_length 97 is"),
         ("train.py", "--model_name_or_path model --data corpus.txt --block_size 97", 1, "--block_size 97 is more than"),
         ("sft.py", "--model_name_or_path small --data train.json", 1, "the tokenizer has 4,096 ids, the model's"),
         ("sft.py", "--model_name_or_path model --data train.json --output_dir tuned", 1, "tuned: holds a run"),

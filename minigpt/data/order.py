@@ -6,6 +6,7 @@ order is there at once, without reading what came before.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -44,8 +45,12 @@ def deal(lengths: Sequence[int] | np.ndarray, micro_batch_size: int) -> list[np.
 def replay_rows(size: int, count: int, seed: int, step: int) -> np.ndarray:
     """Which `count` of `size` replayed rows step `step` sees: all of them in turn, in a new order each round."""
     places = np.arange(step * count, (step + 1) * count)
-    orders = {r: np.random.default_rng([seed, int(r), 1]).permutation(size) for r in np.unique(places // size)}
-    return np.array([orders[place // size][place % size] for place in places], dtype=np.int64)
+    return np.array([_replay_order(size, seed, place // size)[place % size] for place in places.tolist()], np.int64)
+
+
+@lru_cache(maxsize=2)  # a step reaches into the next round at most
+def _replay_order(size: int, seed: int, round: int) -> np.ndarray:
+    return np.random.default_rng([seed, round, 1]).permutation(size)
 
 
 def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:

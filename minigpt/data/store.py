@@ -8,12 +8,12 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -215,7 +215,8 @@ def _open(key: str, tokenizer: Tokenizer, files: Sequence[Path], fill, cache_dir
     folder = root / key
     if not folder.is_dir():
         root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}."))
+        temporary = root / f".{key}.{uuid4().hex}"
+        temporary.mkdir()
         try:
             with _Writer(temporary, tokenizer, sum(path.stat().st_size for path in files)) as writer:
                 fill(writer)

@@ -94,6 +94,8 @@ def train(
     lengths = _lengths(train_data)
     if len(lengths) == 0:
         raise ValueError("the training data is empty")
+    if replay_data is not None and len(replay_data) == 0:
+        raise ValueError("the replay data is empty")
     steps_per_epoch = math.ceil(len(lengths) / window_size)
     total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
     eval_steps = config.eval_steps or max(1, math.ceil(total_steps / 10))
@@ -111,6 +113,7 @@ def train(
         """The validation loss, or None without data; the best weights so far go out."""
         if not eval_data:
             return None
+        metrics.pause()
         val_loss = evaluate(engine, eval_data, config.per_device_eval_batch_size)
         if on_eval is not None:
             engine.module.eval()
@@ -175,7 +178,6 @@ def train(
             "tokens_per_s": round(tokens / (time.perf_counter() - step_started), 1),
         }
         if step % eval_steps == 0 or step == total_steps:
-            metrics.pause()
             result.val_loss = evaluate_now(step)
             if result.val_loss is not None:
                 line["val_loss"] = result.val_loss
