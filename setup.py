@@ -12,7 +12,7 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "parquet": ["pyarrow>=15"],
 }
-TEST = ["pytest>=8", "transformers>=4.50", "jinja2>=3.1", "regex", *EXTRAS["plot"]]
+TEST = ["pytest>=8", "transformers>=4.50", "jinja2>=3.1", "regex", *EXTRAS["plot"], *EXTRAS["parquet"]]
 
 setup(
     name="minigpt",

@@ -65,8 +65,8 @@ def main(config: SFTConfig) -> None:
     tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision)
     model_config.check_vocabulary(tokenizer.vocab_size)
     own = template_of(name, revision)
-    if get_template(own).name == "none":  # a base model's: there are no turns in it to teach
-        own = "alpaca"
+    if get_template(own).name == "none" and not (config.predict or config.eval_only):
+        own = "alpaca"  # a base model's template has no turns to teach
     template = get_template(config.template or own, **config.triggers)
     max_seq_length = config.max_seq_length or model_config.n_positions
     if max_seq_length > model_config.n_positions:
@@ -131,7 +131,7 @@ def main(config: SFTConfig) -> None:
                 replay_data=replay_data,
                 replay_ratio=config.replay_ratio,
                 on_eval=lambda module, step: show_answers(
-                    module, tokenizer, eval_data, config.eval_samples, max_new_tokens
+                    module, step, tokenizer, eval_data, config.eval_samples, max_new_tokens
                 ),
                 export=lambda weights, to: export(
                     to, model, tokenizer, template, weights, f"Instruction-tuned on {' '.join(config.data)}."

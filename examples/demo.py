@@ -71,9 +71,8 @@ def main(config: DemoConfig) -> None:
     print(f"  answers that end by themselves: {after.stop_rate:.1%}")
     print(f"  the loss curves: {base}/loss.png and {tuned}/loss.png")
 
-    title("5. chat.py: ask it yourself", "")
-    question = next(a["prompt"][-1]["content"] for a in after.answers if "the capital of" in a["prompt"][-1]["content"])
-    script("chat.py", "--model_name_or_path", f"{tuned}/export", "--prompt", question)
+    title("5. chat.py: ask it yourself", "China is among the facts held out, whatever the seed.")
+    script("chat.py", "--model_name_or_path", f"{tuned}/export", "--prompt", "What is the capital of China?")
 
     title(
         "What this model is",

@@ -1,9 +1,12 @@
 """What the tests share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes: many threads on tiny tensors only wait
 
 
 @pytest.fixture(scope="session")

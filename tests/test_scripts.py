@@ -6,13 +6,8 @@ tests look at.
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,111 +19,13 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.model.gpt2 import GPT, GPTConfig
 from minigpt.training.optim import learning_rate
 
-ROOT = Path(__file__).parents[1]
+from .workplace import Workplace
+
 STEP = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"}
 EXPORT = [
     *("README.md", "chat_template.jinja", "config.json", "generation_config.json", "merges.txt", "model.safetensors"),
     *("prompt_template.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
 ]
-
-# Python imports this before anything else. Who asks for the network is refused, and named in a file.
-BLOCKED_NETWORK = """
-import os, socket
-
-def _checked(function):
-    def call(*arguments, **settings):
-        address = next(a for a in arguments if not isinstance(a, socket.socket))
-        host = address[0] if isinstance(address, tuple) else address
-        if host not in ("127.0.0.1", "localhost", "::1", None):
-            with open(os.environ["NETWORK_LOG"], "a") as log:
-                print(host, file=log)
-            raise OSError(f"the network is blocked: {host}")
-        return function(*arguments, **settings)
-    return call
-
-socket.socket.connect = _checked(socket.socket.connect)
-socket.socket.connect_ex = _checked(socket.socket.connect_ex)
-socket.getaddrinfo = _checked(socket.getaddrinfo)
-"""
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Workplace:
-    """A folder with a tiny model and some data, and scripts that run in it."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        (folder / "blocked").mkdir()
-        (folder / "blocked" / "sitecustomize.py").write_text(BLOCKED_NETWORK)
-        # Pairs whose answer is in the question: something to learn, and a loss that falls.
-        words = [f"{a}{b}" for a in ("sun", "moon", "rain", "snow", "wind") for b in ("day", "light", "fall", "y")]
-        rows = [{"instruction": "Say it twice.", "input": word, "output": f"{word} {word}"} for word in words]
-        (folder / "train.json").write_text(json.dumps(rows[:16]))
-        (folder / "held.json").write_text(json.dumps(rows[16:]))
-        (folder / "corpus.txt").write_text(
-            "".join(f"After {word} comes {word}, and then rest.\n" for word in words) * 3
-        )
-
-        tokenizer = Tokenizer.tiny()
-        torch.manual_seed(0)
-        eot = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
-        model = GPT(GPTConfig(tokenizer.vocab_size, n_positions=96, n_embd=32, n_layer=2, n_head=2, **eot))
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model", 96)
-
-    def __call__(self, script: str, *arguments: object, stdin: str = "", **env: str) -> Done:
-        log = self.folder / "network.log"
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MINIGPT_"))}
-        environment |= {
-            "PYTHONPATH": str(self.folder / "blocked"),
-            "NETWORK_LOG": str(log),
-            "HOME": str(self.folder),
-            "HF_HOME": str(self.folder / "hf"),
-            "OMP_NUM_THREADS": "1",
-            "MPLCONFIGDIR": str(self.folder / "mpl"),
-            **env,
-        }
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, arguments)],
-            cwd=self.folder,
-            env=environment,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        asked = log.read_text() if log.exists() else ""
-        log.unlink(missing_ok=True)
-        assert asked == "", f"{script} asked the network"
-        return Done(done.returncode, done.stdout, done.stderr)
-
-    def good(self, script: str, *arguments: object, **more: str) -> str:
-        """What a script prints when all goes well: it has nothing to say on standard error."""
-        done = self(script, *arguments, **more)
-        assert (done.code, done.err) == (0, "")
-        return done.out
-
-    def bad(self, script: str, *arguments: object, **env: str) -> tuple[int, str]:
-        """The exit code and the one line that a script fails with."""
-        done = self(script, *arguments, **env)
-        assert done.out == ""
-        assert done.err.startswith("error: ")
-        assert done.err.count("\n") == 1
-        return done.code, done.err.removeprefix("error: ").removesuffix("\n")
-
-    def metrics(self, run: str) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
-
-    def losses(self, run: str) -> list[float]:
-        return [line["loss"] for line in self.metrics(run) if "loss" in line]
-
-    def weights(self, folder: str) -> dict[str, torch.Tensor]:
-        return GPT.from_pretrained(self.folder / folder).state_dict()
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +35,7 @@ def work(tmp_path_factory) -> Workplace:
 
 @pytest.fixture(scope="session")
 def pretrained(work):
-    """train.py from nothing: what it printed. Its export is runs/train/export."""
+    """train.py from nothing: what it printed. Its export is pretrained/export."""
     return work.good(
         "train.py",
         *("--config_name", "model", "--tokenizer_name", "tiny", "--data", "corpus.txt", "--block_size", 32),
@@ -203,8 +100,9 @@ def test_train_from_nothing(work, pretrained):
     tokens = len(Tokenizer.tiny().encode(text)) + 1
     assert pretrained.startswith(f"corpus.txt: 1 documents, {tokens:,} tokens\n")
     assert pretrained.count("  sample    ") == 4  # at steps 0, 3, 6 and 8
-    table = dict(re.split(r"  +", line, maxsplit=1) for line in pretrained.splitlines()[-7:])
-    assert list(table) == ["steps", "data seen", "training loss", "validation loss", "time", "export", "chat"]
+    table = dict(re.split(r"  +", line, maxsplit=1) for line in pretrained.splitlines()[-8:])
+    rows = ["steps", "data seen", "training loss", "validation loss", "time", "export", "picture", "chat"]
+    assert list(table) == rows
     assert table["chat"] == "python chat.py --model_name_or_path pretrained/export"
     assert f"{lines[0]['val_loss']:.4f} -> {lines[-1]['val_loss']:.4f}" in table["validation loss"]
     assert table["data seen"].startswith(f"{lines[-1]['tokens']:,} tokens")
@@ -245,7 +143,8 @@ def test_sft_trains(work, tuned):
     assert (template.name, template.triggers["instruction"]) == ("iio", "Request")
     assert "train.json: 16 examples, " in tuned
     assert "held.json: 4 examples, " in tuned
-    assert tuned.count("  prompt    ") == 2 * 4  # at steps 0, 5, 10 and 12
+    assert [tuned.count(f"\n  {n} prompt    ") for n in (1, 2)] == [1, 1]  # before the first step
+    assert [tuned.count(f"\n  {n} answer    ") for n in (1, 2)] == [4, 4]  # at steps 0, 5, 10 and 12
     assert tuned.splitlines()[-1].endswith("python chat.py --model_name_or_path tuned/export")
 
 
@@ -402,6 +301,12 @@ def test_debug_shows_the_traceback(work):
 
 
 # ---- the hub
+
+
+def test_only_a_hub_id_asks_the_network(work):
+    """And so the other tests, which are not to ask it, can fail."""
+    with pytest.raises(AssertionError, match="asked the network"):
+        work("chat.py", "--model_name_or_path", "owner/name")
 
 
 def test_a_model_and_data_from_the_hub(work, tuned, hub_server):

@@ -144,9 +144,9 @@ def predict_file(
 
 
 def show_answers(
-    model: GPT, tokenizer: Tokenizer, data: Subset | TokenStore | None, count: int, max_new_tokens: int
+    model: GPT, step: int, tokenizer: Tokenizer, data: Subset | TokenStore | None, count: int, max_new_tokens: int
 ) -> None:
-    """Prints greedy answers to a dataset's first prompts, beside the references."""
+    """Prints greedy answers to a dataset's first prompts; before the first step, prompts and references too."""
     if data is None:
         return
     room = model.config.n_positions - max_new_tokens
@@ -157,9 +157,10 @@ def show_answers(
         end = ids.index(tokenizer.eot_id, start) + 1 if tokenizer.eot_id in ids[start:] else len(ids)
         prompt, reference = ids[max(0, start - room) : start], ids[start:end]
         [answer] = generate(model, [prompt], max_new_tokens=max_new_tokens, eos_id=tokenizer.eot_id)
-        for name, part in {"prompt": prompt, "reference": reference, "answer": answer}.items():
+        shown = {"prompt": prompt, "reference": reference} if step == 0 else {}
+        for name, part in {**shown, "answer": answer}.items():
             text = tokenizer.decode(part)
-            say(f"  {name:9} {'' if len(text) <= 100 else '... '}{text[-100:]!r}")
+            say(f"  {index + 1} {name:9} {'' if len(text) <= 100 else '... '}{text[-100:]!r}")
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:

@@ -17,7 +17,7 @@ def export(
     tokenizer: Tokenizer,
     template: Template,
     state_dict: dict[str, Tensor] | None = None,
-    training: str = "",
+    training: str = "How it was trained is not recorded.",
 ) -> None:
     """Writes weights, tokenizer, template and model card.
 

@@ -22,7 +22,7 @@ from minigpt.data.order import deal, epoch_windows, replay_rows
 from minigpt.training.engine import TorchEngine
 from minigpt.training.metrics import Metrics
 from minigpt.training.optim import learning_rate
-from minigpt.training.run import EXPORT, EXPORT_BEST, remove
+from minigpt.training.run import EXPORT, EXPORT_BEST, LOSS_PICTURE, remove
 
 PAD = 0  # any id of the vocabulary: padding stands behind all that counts, and its targets are ignored
 
@@ -58,8 +58,14 @@ class TrainResult:
         rows += [
             ("time", f"{self.seconds:,.0f} s"),
             ("export", str(folder / EXPORT)),
-            ("chat", f"python chat.py --model_name_or_path {folder / EXPORT}"),
         ]
+        if self.best_step not in (None, self.steps):
+            rows.append(("lowest loss", str(folder / EXPORT_BEST)))
+        if (folder / LOSS_PICTURE).exists():
+            rows.append(("picture", str(folder / LOSS_PICTURE)))
+        else:
+            rows.append(("picture", f"none: {LOSS_PICTURE} needs matplotlib (pip install 'minigpt[plot]')"))
+        rows.append(("chat", f"python chat.py --model_name_or_path {folder / EXPORT}"))
         return "\n".join(f"{name:16} {value}" for name, value in rows)
 
 
@@ -83,7 +89,7 @@ def train(
         eval_data: its loss is taken before the first step, every `eval_steps`, and after the last.
         replay_data: examples from earlier training, against forgetting: `replay_ratio` of them for each example of
             a step, beside it.
-        on_eval: called at each evaluation with the module in eval mode and the step, to show sample answers.
+        on_eval: called after each evaluation with the module in eval mode and the step, to show sample answers.
         export: called with the weights and a folder, at the end and whenever the validation loss is the lowest yet.
 
     Raises:
@@ -109,25 +115,17 @@ def train(
     applied_steps = 0
     started = time.perf_counter()
 
-    def evaluate_now(step: int) -> float | None:
-        """The validation loss, or None without data; the best weights so far go out."""
-        if not eval_data:
-            return None
-        metrics.pause()
-        val_loss = evaluate(engine, eval_data, config.per_device_eval_batch_size)
+    def show_samples(step: int) -> None:
         if on_eval is not None:
             engine.module.eval()
             on_eval(engine.module, step)
             engine.module.train()
-        if step > 0 and (result.best_val_loss is None or val_loss < result.best_val_loss):
-            result.best_val_loss, result.best_step = val_loss, step
-            if export is not None and output_dir is not None and step < total_steps:
-                export(engine.full_state_dict(), output_dir / EXPORT_BEST)
-        return val_loss
 
     engine.module.train()
-    result.val_loss_before = evaluate_now(0)
-    metrics.evaluated(0, result.val_loss_before)
+    if eval_data:
+        result.val_loss_before = evaluate(engine, eval_data, config.per_device_eval_batch_size)
+        metrics.evaluated(0, result.val_loss_before)
+        show_samples(0)
 
     for step in range(1, total_steps + 1):
         step_started = time.perf_counter()
@@ -168,7 +166,7 @@ def train(
         tokens = sum(len(example) - 1 for example in examples)
         result.tokens += tokens
         result.supervised_tokens += n_tokens
-        line = {
+        line: dict[str, Any] = {
             "step": step,
             "epoch": round(step / steps_per_epoch, 4),
             "loss": loss,
@@ -177,11 +175,17 @@ def train(
             "tokens": result.tokens,
             "tokens_per_s": round(tokens / (time.perf_counter() - step_started), 1),
         }
-        if step % eval_steps == 0 or step == total_steps:
-            result.val_loss = evaluate_now(step)
-            if result.val_loss is not None:
-                line["val_loss"] = result.val_loss
+        evaluating = eval_data and (step % eval_steps == 0 or step == total_steps)
+        if eval_data and evaluating:
+            metrics.pause()
+            result.val_loss = line["val_loss"] = evaluate(engine, eval_data, config.per_device_eval_batch_size)
         metrics.log(line)
+        if evaluating:
+            show_samples(step)
+            if result.best_val_loss is None or line["val_loss"] < result.best_val_loss:
+                result.best_val_loss, result.best_step = line["val_loss"], step
+                if export is not None and output_dir is not None and step < total_steps:
+                    export(engine.full_state_dict(), output_dir / EXPORT_BEST)
 
     metrics.close()
     result.steps, result.epochs = total_steps, total_steps / steps_per_epoch

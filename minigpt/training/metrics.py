@@ -24,11 +24,11 @@ class Metrics:
         self.bar = progress_bar(total_steps, "step", "training")
         self.started = time.perf_counter()
 
-    def evaluated(self, step: int, val_loss: float | None) -> None:
+    def evaluated(self, step: int, val_loss: float) -> None:
         """An evaluation without a step: the one before training."""
-        if val_loss is not None:
-            self._write({"step": step, "val_loss": val_loss})
-            say(f"step {step:,}/{self.total_steps:,}  val_loss {val_loss:.4f}")
+        self._write({"step": step, "val_loss": val_loss})
+        self.pause()
+        say(f"step {step:,}/{self.total_steps:,}  val_loss {val_loss:.4f}")
         self.started = time.perf_counter()
 
     def log(self, line: dict[str, Any]) -> None:

@@ -175,16 +175,19 @@ def test_show_answers(model, tokenizer, tmp_path, capsys):
     turns = [*CONVERSATIONS[1], {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Nobody knows."}]
     data.write_text(json.dumps([ALPACA[0], {"text": "a text has no question"}, {"messages": turns}, ALPACA[2]]))
     store = build_store([str(data)], TEMPLATE, tokenizer, 64, cache_dir=tmp_path)
-    show_answers(model, tokenizer, store, count=3, max_new_tokens=24)
-    assert capsys.readouterr().out.splitlines() == [
-        "  prompt    '### Instruction:\\nCapital of France?\\n\\n### Output:\\n'",
-        "  reference 'The capital of France is Paris.<|endoftext|>'",
-        "  answer    'The capital of France is Paris.<|endoftext|>'",
-        "  prompt    '### Instruction:\\nCapital of Sweden?\\n\\n### Output:\\n'",
-        "  reference 'Stockholm.<|endoftext|>'",  # of the first answer: that is the one the prompt asks for
-        "  answer    'Stockholm.<|endoftext|>'",
+    show_answers(model, 0, tokenizer, store, count=3, max_new_tokens=24)
+    shown = [
+        "  1 prompt    '### Instruction:\\nCapital of France?\\n\\n### Output:\\n'",
+        "  1 reference 'The capital of France is Paris.<|endoftext|>'",
+        "  1 answer    'The capital of France is Paris.<|endoftext|>'",
+        "  3 prompt    '### Instruction:\\nCapital of Sweden?\\n\\n### Output:\\n'",
+        "  3 reference 'Stockholm.<|endoftext|>'",  # of the first answer: that is the one the prompt asks for
+        "  3 answer    'Stockholm.<|endoftext|>'",
     ]
-    show_answers(model, tokenizer, None, count=3, max_new_tokens=24)
+    assert capsys.readouterr().out.splitlines() == shown
+    show_answers(model, 10, tokenizer, store, count=3, max_new_tokens=24)  # the questions were shown before
+    assert capsys.readouterr().out.splitlines() == [shown[2], shown[5]]
+    show_answers(model, 0, tokenizer, None, count=3, max_new_tokens=24)
     assert capsys.readouterr().out == ""
 
 

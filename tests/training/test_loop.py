@@ -218,9 +218,7 @@ def test_a_loss_that_is_no_number_stops_with_the_cause():
     model = tiny_model()
     with torch.no_grad():
         model.h[1].mlp.c_fc.weight[0, 0] = math.inf
-    with pytest.raises(
-        FloatingPointError, match=r"step 1: the loss is nan, .* very first: .*\(h.1.mlp.c_fc.weight\)"
-    ):
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is nan, .* very first: .*\(h.1.mlp.c_fc.weight\)"):
         run(examples(4), model)
 
 
