@@ -7,7 +7,7 @@ Read on in minigpt/inference/chat.py (what the model is asked) and minigpt/infer
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minigpt.arguments import ModelArguments, PromptArguments, check_range, require
 from minigpt.config import run
@@ -26,6 +26,8 @@ class ChatConfig(ModelArguments, PromptArguments):
     """System text at the beginning of the conversation."""
     max_new_tokens: int = 256
     """Longest answer in tokens; never more than half of the model's context."""
+    stop_blank_line: bool = False
+    """End an answer at its first blank line, for models that were trained without an end-of-text token."""
     temperature: float = 0.0
     """0 takes the likeliest token each time; more is livelier."""
     top_k: int = 0
@@ -37,6 +39,8 @@ class ChatConfig(ModelArguments, PromptArguments):
 
     def __post_init__(self) -> None:
         check_range(self, "at least 1", lambda x: x >= 1, "max_new_tokens")
+        check_range(self, "at least 0", lambda x: x >= 0, "temperature", "top_k")
+        check_range(self, "above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
         if self.input and not self.prompt:
             raise ValueError("--input goes with --prompt")
 
@@ -54,6 +58,8 @@ def main(config: ChatConfig) -> None:
     tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision)
     model.config.check_vocabulary(tokenizer.vocab_size)
     template = get_template(config.template or template_of(name, revision), **config.triggers)
+    if config.stop_blank_line:
+        template = replace(template, stop=(*template.stop, "\n\n"))
     chat = Chat(
         model,
         tokenizer,

@@ -23,7 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["minigpt", "minigpt.*"]),
-    package_data={"minigpt": ["py.typed", "assets/*", "assets/*/*"]},
+    package_data={"minigpt": ["py.typed", "assets/*.txt", "assets/*.tiktoken", "assets/tables/*.tsv"]},
     install_requires=[
         "torch>=2.5",
         "numpy>=1.26",

@@ -26,7 +26,7 @@ class SFTConfig(ModelArguments, DataArguments, PromptArguments, TrainConfig):
     replay_data: list[str] = field(default_factory=list)
     """Raw text of earlier training, mixed into every step against forgetting."""
     replay_ratio: float = 0.25
-    """Blocks of replay_data for each example of a step."""
+    """Blocks of replay_data for each example of a step; at least one a step."""
     eval_samples: int = 2
     """Sample answers to show at each evaluation."""
     max_new_tokens: int = 128
@@ -61,13 +61,14 @@ def main(config: SFTConfig) -> None:
 
     # ---- what the model's folder says
     revision, device = config.revision, pick_device(config.device)
-    model_config = GPTConfig.from_pretrained(name, revision, **config.config_changes)
     tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision)
+    changes = {**config.config_changes, "bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    model_config = GPTConfig.from_pretrained(name, revision, **changes)
     model_config.check_vocabulary(tokenizer.vocab_size)
-    own = template_of(name, revision)
-    if get_template(own).name == "none" and not (config.predict or config.eval_only):
-        own = "alpaca"  # a base model's template has no turns to teach
-    template = get_template(config.template or own, **config.triggers)
+    chosen = config.template or template_of(name, revision)
+    if not (config.template or config.predict or config.eval_only) and get_template(chosen).name == "none":
+        chosen = "alpaca"  # a base model's own has no turns to teach
+    template = get_template(chosen, **config.triggers)
     max_seq_length = config.max_seq_length or model_config.n_positions
     if max_seq_length > model_config.n_positions:
         raise ValueError(
@@ -119,7 +120,7 @@ def main(config: SFTConfig) -> None:
             replay_data = Blocks(
                 build_text_store(config.replay_data, tokenizer, cache_dir=config.cache_dir), max_seq_length
             )
-        model = GPT.from_pretrained(name, revision=revision, device=device, **config.config_changes)
+        model = GPT.from_pretrained(name, revision=revision, device=device, **changes)
         say(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
         engine = make_engine(model, config)
         try:

@@ -6,7 +6,7 @@
 Read on in minigpt/data/store.py (text as blocks of tokens) and minigpt/training/loop.py (the step).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from minigpt.arguments import DataArguments, ModelArguments, TrainConfig, check_range, require
 from minigpt.config import run
@@ -55,18 +55,13 @@ def main(config: PretrainConfig) -> None:
     # ---- tokenizer and shape
     name = config.model_name_or_path
     tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name or "gpt2", config.revision)
+    changes = {**config.config_changes, "bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     if name:
-        model_config = GPTConfig.from_pretrained(name, config.revision, **config.config_changes)
+        model_config = GPTConfig.from_pretrained(name, config.revision, **changes)
         model_config.check_vocabulary(tokenizer.vocab_size)
     else:
         start = GPTConfig.preset if config.config_name in PRESETS else GPTConfig.from_pretrained
-        model_config = replace(
-            start(config.config_name or ""),
-            vocab_size=tokenizer.vocab_size,
-            bos_token_id=tokenizer.eot_id,
-            eos_token_id=tokenizer.eot_id,
-            **config.config_changes,
-        )
+        model_config = start(config.config_name or "", vocab_size=tokenizer.vocab_size, **changes)
     block_size = config.block_size or model_config.n_positions
     if block_size > model_config.n_positions:
         raise ValueError(f"--block_size {block_size} is more than the model's context of {model_config.n_positions}")
@@ -91,10 +86,7 @@ def main(config: PretrainConfig) -> None:
 
         # ---- model and training
         torch.manual_seed(config.seed)
-        if name:
-            model = GPT.from_pretrained(name, revision=config.revision, **config.config_changes)
-        else:
-            model = GPT(model_config)
+        model = GPT.from_pretrained(name, config.revision, **changes) if name else GPT(model_config)
         model = model.to(pick_device(config.device))
         say(f"{name or config.config_name}: {model.num_parameters():,} parameters; {len(train_data):,} blocks")
         engine = make_engine(model, config)

@@ -36,9 +36,9 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
     else:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        shape = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20)}[args.preset]
-        config = GPT2Config(**dict(zip(("n_layer", "n_embd", "n_head"), shape, strict=True)))
-        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+        from minigpt.model.gpt2 import PRESETS
+
+        config = GPT2Config(**PRESETS[args.preset], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         model = GPT2LMHeadModel(config).to(args.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         inputs = idx.to(args.device)
@@ -72,7 +72,7 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="gpt2")
+    parser.add_argument("--preset", default="gpt2", choices=("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--prompt_share", type=float, default=0.6)

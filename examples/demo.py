@@ -8,6 +8,7 @@ one of the scripts, run as you would run it; the commands are shown.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -28,11 +29,12 @@ class DemoConfig:
     seed: int = 1
     """Fixes the split of the facts, the initialisation and the order of the data."""
     output_dir: str = "runs/demo"
-    """Folder that everything is written to."""
+    """Folder that everything is written to, relative to the repository."""
 
 
 def main(config: DemoConfig) -> None:
     started = time.perf_counter()
+    os.chdir(ROOT)  # the scripts' paths, those in configs/ too, are relative to it
     folder = Path(config.output_dir)
     data, base, tuned = folder / "data", folder / "train", folder / "sft"
     facts.build(data, config.seed)
@@ -117,7 +119,7 @@ def script(name: str, *arguments) -> None:
     print(f"$ python {shlex.join([name, *words])}", flush=True)
     if name != "chat.py":
         words.append("--overwrite_output_dir")
-    done = subprocess.run([sys.executable, str(ROOT / name), *words], cwd=ROOT, check=False)
+    done = subprocess.run([sys.executable, name, *words], check=False)
     if done.returncode:
         raise SystemExit(f"{name} ended with exit code {done.returncode}; its message stands above")
 

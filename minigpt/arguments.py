@@ -43,17 +43,17 @@ class PromptArguments:
 
     template: str | None = None
     """alpaca, alpaca-short, hugchat, input-output, io, iio, none, or a folder that holds a prompt_template.json.
-    Unset: the model folder's own, else alpaca."""
+    Unset: the model folder's own, else alpaca; to tune a model of raw text, whose own is none, alpaca too."""
     trigger_instruction: str | None = None
-    """The template's word for an instruction, changed."""
+    """Another word for an instruction than the template's own."""
     trigger_input: str | None = None
-    """The template's word for an input, changed."""
+    """Another word for an input than the template's own."""
     trigger_output: str | None = None
-    """The template's word for an output, changed."""
+    """Another word for an output than the template's own."""
     trigger_human: str | None = None
-    """The template's word for the user's turn, changed."""
+    """Another word for the user's turn than the template's own."""
     trigger_assistant: str | None = None
-    """The template's word for the assistant's turn, changed."""
+    """Another word for the assistant's turn than the template's own."""
 
     @property
     def triggers(self) -> dict[str, str | None]:

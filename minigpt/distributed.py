@@ -23,10 +23,14 @@ def say(text: str = "") -> None:
 
 
 def pick_device(name: str | None = None) -> str:
-    """The device of this name; None is the best there is."""
+    """The device of this name; None is the best there is. Raises `ValueError` where PyTorch cannot use it."""
     import torch
 
     if name is not None:
+        try:
+            torch.empty(0, device=name)
+        except (AssertionError, RuntimeError) as error:  # built without CUDA; no such device
+            raise ValueError(f"--device {name}: this PyTorch has no such device here (cuda, cpu or mps)") from error
         return name
     if torch.cuda.is_available():
         return "cuda"

@@ -1,14 +1,16 @@
-"""Where files are found, and how they are written whole.
+"""Where files are found, how JSON is read, and how files are written whole.
 
 A model, a tokenizer, a template and a dataset all come either from a local folder or from the Hugging Face
 hub. The hub side is huggingface_hub's: its cache, `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_TOKEN`, its progress bar.
 """
 
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 from uuid import uuid4
@@ -69,6 +71,19 @@ def _hub_is_reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. A `ValueError` names the file, and the line, where it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}), so not JSON") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} (correct it, or fetch it again)") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.files import find_file, whole_file
+from minigpt.files import find_file, read_json, whole_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,6 +104,32 @@ def test_offline_the_cache_answers(hub, how):
         f"owner/model: no such folder here, and {cannot}",
     ]
     assert hub.requests == []
+
+
+# ---- JSON
+
+
+def test_a_json_object(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": [1]}\r\n')
+    assert read_json(path) == {"a": [1]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,\n"b" 2}', ":2: not JSON: Expecting ':' delimiter (correct it, or fetch it again)"),
+        (b"", ":1: not JSON: Expecting value (correct it, or fetch it again)"),
+        (b'{"\xff": 1}', ": not UTF-8 text (byte 2), so not JSON"),
+        (b"[1]", ": expected a JSON object"),
+    ],
+)
+def test_what_is_no_json_object_is_named(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_json(path)
+    assert str(caught.value) == f"{path}{message}"
 
 
 # ---- writing

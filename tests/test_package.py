@@ -1,6 +1,7 @@
 """The house as a whole: which way its imports run, what it costs to import, what it offers."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from dataclasses import fields
@@ -206,6 +207,28 @@ def test_public_names():
     assert minigpt.GPT.__module__ == "minigpt.model.gpt2"
     assert minigpt.train.__module__ == "minigpt.training.loop"
     assert "learning_rate" in {field.name for field in fields(minigpt.TrainConfig)}
+
+
+def test_signatures_are_those_of_the_design():
+    """What may be given by place, in this order."""
+
+    def by_place(function) -> list[str]:
+        parameters = inspect.signature(function).parameters.values()
+        return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    assert by_place(minigpt.GPT.from_pretrained) == ["name_or_folder", "revision"]
+    assert by_place(minigpt.GPT.save_pretrained) == ["self", "folder", "state_dict"]
+    assert by_place(minigpt.GPT.forward) == ["self", "idx", "targets"]
+    assert by_place(minigpt.collate) == ["batch", "pad_token_id", "ignore_index", "allowed_max_len"]
+    assert by_place(minigpt.encode_example) == [
+        *("conversation", "template", "tokenizer", "max_seq_length", "train_on_prompt")
+    ]
+    assert by_place(minigpt.get_template) == [
+        *("name_or_folder", "instruction", "input", "output", "human", "assistant")
+    ]
+    assert by_place(minigpt.generate) == ["model", "prompts"]
+    assert by_place(minigpt.make_engine) == ["model", "config"]
+    assert by_place(minigpt.train) == ["config", "engine", "train_data", "eval_data", "on_eval", "export"]
 
 
 def test_type_checkers_see_the_same_names():

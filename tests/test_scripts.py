@@ -188,6 +188,19 @@ def test_sft_with_the_other_settings(work, pretrained):
     assert all(tensor.dtype == torch.float32 for tensor in work.weights("other/export").values())
 
 
+def test_the_export_ends_where_its_tokenizer_does(work):
+    """transformers' GPT2Config says 50256 whatever the vocabulary; generate() would never stop at our end of text."""
+    GPT(GPTConfig(4096, n_positions=64, n_embd=32, n_layer=1, n_head=2)).save_pretrained(work.folder / "default")
+    tokenizer = Tokenizer.tiny()
+    run = ("--tokenizer_name", "tiny", "--max_steps", 1, "--model_name_or_path", "default")
+    work.good("sft.py", *run, "--data", "train.json", "--eval_samples", 0, "--output_dir", "default/sft")
+    work.good("train.py", *run, "--data", "corpus.txt", "--sample_tokens", 0, "--output_dir", "default/train")
+    for script in ("sft", "train"):
+        for name in ("config.json", "generation_config.json"):
+            values = json.loads((work.folder / "default" / script / "export" / name).read_text())
+            assert (values["bos_token_id"], values["eos_token_id"]) == (tokenizer.eot_id, tokenizer.eot_id)
+
+
 def test_a_single_example_leaves_nothing_to_evaluate_on(work, pretrained):
     (work.folder / "one.jsonl").write_text('{"prompt": "Hello?", "completion": "Hello."}\n')
     out = work.good(
@@ -262,6 +275,8 @@ def test_chat_reads_standard_input(work, tuned):
         ("sft.py", "--model_name_or_path ./none --data train.json", 1, "./none: no such folder (and not a hub id"),
         ("train.py", "--config_name ./none --tokenizer_name tiny --data corpus.txt", 1, "./none: no such folder"),
         ("chat.py", "--model_name_or_path runs/sft/export", 1, "runs/sft/export: no such folder (and not a hub id"),
+        ("chat.py", "--model_name_or_path model --top_p 0", 2, "--top_p must be above 0 and at most 1, got 0.0"),
+        ("chat.py", "--model_name_or_path model --temperature -1", 2, "--temperature must be at least 0, got -1.0"),
         ("chat.py", "--prompt Hi", 1, "--model_name_or_path is needed: a folder or a hub id"),
         ("sft.py", "--model_name_or_path model", 1, "--data is needed: a file, a folder, a glob or hf://datasets/"),
         ("sft.py", "--model_name_or_path model --data trian.json", 1, "trian.json: no such file or folder (did"),

@@ -1,6 +1,6 @@
 """Conversations in, examples out: encoded segment by segment, joined, cut to length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ class Fitted:
 
 def encode_segments(segments: Sequence[Segment], tokenizer: Tokenizer) -> Example:
     """Each segment on its own, joined. This is what training reads, and what chat asks."""
-    return _join(segments, _encode([segments], tokenizer)[0])
+    return _join(segments, _encode(segments, tokenizer))
 
 
 def encode_example(
@@ -74,48 +74,38 @@ def fit_example(
     train_on_prompt: bool = False,
 ) -> Fitted:
     """`encode_example`, which also says what was cut."""
-    return next(fit_examples([messages], template, tokenizer, max_seq_length, train_on_prompt))
-
-
-def fit_examples(
-    conversations: Sequence[Sequence[Message]],
-    template: Template,
-    tokenizer: Tokenizer,
-    max_seq_length: int,
-    train_on_prompt: bool = False,
-) -> Iterator[Fitted]:
-    """`fit_example` of many, encoded together so that the tokenizer can use its threads."""
     limit = max_seq_length + 1
-    rendered = [template.render(messages) for messages in conversations]
-    for messages, segments, pieces in zip(conversations, rendered, _encode(rendered, tokenizer), strict=True):
-        system = [message for message in messages[:1] if message["role"] == "system"]
-        whole, dropped = pieces, 0
-        while sum(map(len, pieces)) > limit and len(pieces) > 3:  # more than one turn of prompt, answer, end
-            dropped += 1
-            turn = messages[len(system) + 2 * dropped :][:2]
-            first = template.render([*system, *turn])[:1]  # what begins a conversation stands before this turn now
-            pieces = [*_encode([first], tokenizer)[0], *whole[3 * dropped + 1 :]]
-        segments, cut_left = segments[3 * dropped :], [i for piece in whole[: 3 * dropped] for i in piece]
-        joined = _join(segments, pieces)
-        ids, supervised = list(joined.ids), list(joined.supervised)
-        if train_on_prompt:
-            supervised = [True] * len(ids)
-        prompt = len(pieces[0]) if len(segments) == 3 else 0  # a text has no prompt
-        left = min(max(0, len(ids) - limit), max(0, prompt - 1))  # one token stays: the answer's first follows it
-        cut_left += ids[:left]
-        cut_right = ids[left + limit :]
-        ids, supervised = ids[left : left + limit], supervised[left : left + limit]
-        example = Example(ids, supervised) if any(supervised[1:]) else None
-        yield Fitted(example, cut_left, cut_right, len(pieces[0]) - left if len(segments) >= 3 else 0)
+    segments = template.render(messages)
+    whole = pieces = _encode(segments, tokenizer)
+
+    # ---- the oldest turns, each of them a prompt, an answer and its end; the system message stays
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    dropped = 0
+    while sum(map(len, pieces)) > limit and len(pieces) > 3:
+        dropped += 1
+        turn = messages[len(system) + 2 * dropped :][:2]
+        first = template.render([*system, *turn])[:1]  # what begins a conversation stands before this turn now
+        pieces = [*_encode(first, tokenizer), *whole[3 * dropped + 1 :]]
+    segments = segments[3 * dropped :]
+    cut_left = [i for piece in whole[: 3 * dropped] for i in piece]
+
+    # ---- then the prompt's left end, then the answer's right end
+    joined = _join(segments, pieces)
+    ids, supervised = list(joined.ids), list(joined.supervised)
+    if train_on_prompt:
+        supervised = [True] * len(ids)
+    prompt = len(pieces[0]) if len(segments) >= 3 else 0  # a text has no prompt
+    left = min(max(0, len(ids) - limit), max(0, prompt - 1))  # one token stays: the answer's first follows it
+    cut_left += ids[:left]
+    cut_right = ids[left + limit :]
+    ids, supervised = ids[left : left + limit], supervised[left : left + limit]
+    example = Example(ids, supervised) if any(supervised[1:]) else None
+    return Fitted(example, cut_left, cut_right, prompt - left)
 
 
-def _encode(rendered: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> list[list[list[int]]]:
-    """The ids of every segment of every conversation."""
-    texts = [segment.text for segments in rendered for segment in segments if not segment.special]
-    encoded = iter(tokenizer.encode_batch(texts))
-    return [
-        [[tokenizer.special_tokens[s.text]] if s.special else next(encoded) for s in segments] for segments in rendered
-    ]
+def _encode(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of each segment."""
+    return [[tokenizer.special_tokens[s.text]] if s.special else tokenizer.encode(s.text) for s in segments]
 
 
 def _join(segments: Sequence[Segment], pieces: Sequence[Sequence[int]]) -> Example:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minigpt.data.tokenizer import END_OF_TEXT
-from minigpt.files import find_file, whole_file
+from minigpt.files import find_file, read_json, whole_file
 
 TEMPLATE_FILE = "prompt_template.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -119,6 +119,7 @@ class Template:
         return generated[: min(ends, default=len(generated))].strip()
 
     def stop_strings(self) -> tuple[str, ...]:
+        """Where an answer has run on into the next turn, with the trigger words filled in."""
         return tuple(stop.format(**self.triggers) for stop in self.stop)
 
     def _write(self, pattern: str, message: Message) -> str:
@@ -273,12 +274,9 @@ def _read(folder: str | Path) -> Template:
         raise ValueError(
             f"no template {str(folder)!r}; one of {', '.join(TEMPLATES)}, or a folder with {TEMPLATE_FILE}"
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    values = read_json(path)
     shape = json.loads(json.dumps(asdict(_ALPACA)))
-    if not isinstance(values, dict) or not {"name", "user", "user_with_input"} <= values.keys() <= shape.keys():
+    if not {"name", "user", "user_with_input"} <= values.keys() <= shape.keys():
         raise ValueError(f"{path}: a template has the keys {', '.join(shape)}")
     for name, value in values.items():
         if type(value) is not type(shape[name]):

@@ -11,13 +11,12 @@ import shutil
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 
-from minigpt.data.dataset import Example, Ids, Mask, fit_examples
+from minigpt.data.dataset import Example, Ids, Mask, fit_example
 from minigpt.data.prompts import Template
 from minigpt.data.records import read_records, read_texts
 from minigpt.data.streams import find_data_files, is_raw_text
@@ -26,7 +25,6 @@ from minigpt.distributed import progress_bar
 from minigpt.version import __version__
 
 FORMAT = 1  # of the files below; a change makes new stores
-CONVERSATIONS = 1024  # encoded together, so that the tokenizer can use its threads
 
 
 @dataclass(frozen=True)
@@ -154,14 +152,15 @@ def build_store(
 
     def fill(writer: "_Writer") -> None:
         bad: list[str] = []
-        records = read_records(files, skip_bad_records=skip_bad_records, bad_records=bad, on_bytes=writer.bar.update)
-        while conversations := [record.messages for record in islice(records, CONVERSATIONS)]:
-            for fitted in fit_examples(conversations, template, tokenizer, max_seq_length, train_on_prompt):
-                writer.cut += bool(fitted.cut_left or fitted.cut_right)
-                if fitted.example is None:
-                    writer.dropped += 1
-                else:
-                    writer.add(fitted.example.ids, fitted.example.supervised, fitted.prompt_length)
+        for record in read_records(
+            files, skip_bad_records=skip_bad_records, bad_records=bad, on_bytes=writer.bar.update
+        ):
+            fitted = fit_example(record.messages, template, tokenizer, max_seq_length, train_on_prompt)
+            writer.cut += bool(fitted.cut_left or fitted.cut_right)
+            if fitted.example is None:
+                writer.dropped += 1
+            else:
+                writer.add(fitted.example.ids, fitted.example.supervised, fitted.prompt_length)
         writer.bad_records = len(bad)
         if not writer.lengths:
             raise ValueError(

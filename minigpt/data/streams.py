@@ -86,6 +86,7 @@ def _find_on_hub(name: str) -> Path:
 
 
 def is_raw_text(path: Path) -> bool:
+    """Whether the name says so: .txt, or .txt.gz."""
     return path.name.removesuffix(".gz").endswith(".txt")
 
 

@@ -12,8 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import tiktoken
 
-from minigpt.files import find_file, whole_file
+from minigpt.files import find_file, read_json, whole_file
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -138,7 +137,7 @@ class Tokenizer:
     def _from_hub_files(cls, files: dict[str, Path]) -> "Tokenizer":
         """Every token that is neither a byte nor made by a merge is a special token."""
         pipeline, config, added_tokens = (
-            _read_json(files[name]) if name in files else {}
+            read_json(files[name]) if name in files else {}
             for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
         )
         if "tokenizer.json" in files:
@@ -149,7 +148,7 @@ class Tokenizer:
         # the merges, each under the place where it stands
         if "vocab.json" in files and "merges.txt" in files:
             source, path = files["vocab.json"], files["merges.txt"]
-            vocab = _read_json(source)
+            vocab = read_json(source)
             lines = enumerate(_read_text(path).split("\n"), start=1)
             merges = {f"{path}:{n}": line.split(" ") for n, line in lines if line and not line.startswith("#version")}
         else:
@@ -205,16 +204,6 @@ class Tokenizer:
         if len(text) <= _PIECE:
             return self._bpe.encode_ordinary(text)
         return [id for piece in _pieces(text) for id in self._bpe.encode_ordinary(piece)]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`[encode(text) for text in texts]`, on all cores."""
-        # tiktoken frees the interpreter's lock while it works. A job is many texts, not one as in tiktoken's own
-        # encode_ordinary_batch: to hand over one short text takes longer than to encode it.
-        jobs = [texts[i : i + 32] for i in range(0, len(texts), 32)]
-        if len(jobs) < 2:
-            return [self.encode(text) for text in texts]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return [ids for job in pool.map(lambda job: [self.encode(text) for text in job], jobs) for ids in job]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises `ValueError` for an unknown id."""
@@ -376,13 +365,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: broken JSON, {error.msg} (fetch the file again)") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return content

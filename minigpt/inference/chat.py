@@ -53,7 +53,8 @@ def fit_prompt(
 ) -> tuple[list[int], int, int]:
     """The prompt's ids, at most `room` of them, how many of the oldest turns were left out, how many ids were cut.
 
-    The system message stays. A last message that is too long by itself loses its left end, as in training.
+    The system message stays, whatever turns go. Where it and the last message alone are too long, their left end goes,
+    as in training.
 
     Raises:
         ValueError: there is no room at all.

@@ -177,6 +177,6 @@ def score(predictions: Sequence[Prediction]) -> Scores:
 def show_text(model: GPT, tokenizer: Tokenizer, data: Blocks | None, length: int, seed: int) -> None:
     """Prints how a model goes on where the first block of `data` begins."""
     if length and data is not None:
-        start = [int(i) for i in data[0].ids[:8]]
+        start = [int(i) for i in data[0].ids[: min(8, model.config.n_positions // 2)]]
         [more] = generate(model, [start], max_new_tokens=length, temperature=0.8, top_k=40, seed=seed)
         say(f"  sample    {tokenizer.decode(start)!r} ... {tokenizer.decode(more)!r}")

@@ -67,14 +67,22 @@ class GPTConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, revision: str | None = None, **changes) -> "GPTConfig":
-        """The shape of a checkpoint, with some fields changed."""
-        return replace(cls.from_dict(hub.read_config(name_or_folder, revision)), **changes)
+        """The shape of a checkpoint, with some fields changed. Errors: those of `GPT.from_pretrained`."""
+        values = hub.read_config(name_or_folder, revision)
+        try:
+            config = cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{name_or_folder}: config.json: {error}") from error
+        return replace(config, **changes)
 
     @classmethod
     def from_dict(cls, values: dict) -> "GPTConfig":
-        """From the contents of a `config.json`; keys that do not change the computation are passed over."""
+        """From the contents of a `config.json`; keys that do not change the computation are passed over.
+
+        Raises `ValueError` where it describes another model than GPT-2, or a variant of it.
+        """
         if values.get("model_type", "gpt2") != "gpt2":
-            raise ValueError(f"config.json: model_type {values['model_type']!r} is not 'gpt2'")
+            raise ValueError(f"model_type {values['model_type']!r} is not 'gpt2'")
         for key, plain in {
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
@@ -82,7 +90,7 @@ class GPTConfig:
             "tie_word_embeddings": True,
         }.items():
             if values.get(key, plain) != plain:
-                raise ValueError(f"config.json: {key} = {values[key]} is a variant of GPT-2 that is not supported")
+                raise ValueError(f"{key} = {values[key]} is a variant of GPT-2 that is not supported")
         names = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in names})
 
@@ -221,14 +229,15 @@ class GPT(nn.Module):
         return F.linear(x[:, -1:] if last_only else x, self.wte.weight)  # (B,T,C) -> (B,T,V)
 
     def num_parameters(self) -> int:
+        """The tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @classmethod
     def from_pretrained(
         cls,
         name_or_folder: str | Path,
-        *,
         revision: str | None = None,
+        *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         **changes,

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minigpt.files import find_file, whole_file
+from minigpt.files import find_file, read_json, whole_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -30,10 +30,7 @@ def read_config(name_or_folder: str | Path, revision: str | None = None) -> dict
     path = find_file(name_or_folder, "config.json", revision)
     if path is None:
         raise FileNotFoundError(f"{name_or_folder}: no config.json, so this is not a model")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    return read_json(path)
 
 
 def read_weights(name_or_folder: str | Path, revision: str | None = None) -> dict[str, Tensor]:
@@ -54,7 +51,10 @@ def _weight_files(name_or_folder: str | Path, revision: str | None) -> list[Path
     if single := find_file(name_or_folder, WEIGHTS, revision):
         return [single]
     if index := find_file(name_or_folder, INDEX, revision):
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")  # tensor -> shard
+        if not isinstance(weight_map, dict):
+            raise ValueError(f'{index}: no "weight_map", which says where each tensor lies (fetch it again)')
+        shards = sorted(set(weight_map.values()))
         paths = {shard: find_file(name_or_folder, shard, revision) for shard in shards}
         missing = [shard for shard, path in paths.items() if path is None]
         if missing:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minigpt.arguments import TrainConfig
 from minigpt.data.collate import Batch
+from minigpt.distributed import world_size
 from minigpt.training.optim import make_optimizer
 
 
@@ -23,6 +24,7 @@ class StepInfo(NamedTuple):
     skipped: bool = False
     """The step was not applied, because its gradients were not finite."""
     loss_scale: float = 1.0
+    """What the loss was multiplied by, so that half-precision gradients do not vanish; 1 where nothing was."""
 
 
 class TorchEngine:
@@ -65,5 +67,11 @@ class TorchEngine:
 
 
 def make_engine(model: nn.Module, config: TrainConfig) -> TorchEngine:
-    """The engine that the configuration asks for."""
+    """The engine that the configuration asks for.
+
+    Raises:
+        ValueError: torchrun or deepspeed started several processes, which would each train a model of their own.
+    """
+    if world_size() > 1:
+        raise ValueError(f"{world_size()} processes were started, and this version trains in one: start it with python")
     return TorchEngine(model, config)

@@ -74,11 +74,11 @@ def train(
     engine: TorchEngine,
     train_data: Sequence[Example],
     eval_data: Sequence[Example] | None = None,
-    *,
-    replay_data: Sequence[Example] | None = None,
-    replay_ratio: float = 0.0,
     on_eval: Callable[[Any, int], None] | None = None,
     export: Callable[[dict[str, Tensor], Path], None] | None = None,
+    *,
+    replay_data: Sequence[Example] | None = None,
+    replay_ratio: float = 0.25,
 ) -> TrainResult:
     """Trains the engine's model.
 
@@ -87,10 +87,10 @@ def train(
         engine: from `make_engine`.
         train_data: each example once per epoch.
         eval_data: its loss is taken before the first step, every `eval_steps`, and after the last.
-        replay_data: examples from earlier training, against forgetting: `replay_ratio` of them for each example of
-            a step, beside it.
         on_eval: called after each evaluation with the module in eval mode and the step, to show sample answers.
         export: called with the weights and a folder, at the end and whenever the validation loss is the lowest yet.
+        replay_data: examples from earlier training, against forgetting. Each step reads some beside its own: about
+            `replay_ratio` for each example of a full window, and at least one.
 
     Raises:
         ValueError: there is nothing to train on.
@@ -99,13 +99,13 @@ def train(
     window_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     lengths = _lengths(train_data)
     if len(lengths) == 0:
-        raise ValueError("the training data is empty")
+        raise ValueError("the training data is empty: give more of it, or hold out less (--validation_split)")
     if replay_data is not None and len(replay_data) == 0:
         raise ValueError("the replay data is empty")
     steps_per_epoch = math.ceil(len(lengths) / window_size)
     total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
     eval_steps = config.eval_steps or max(1, math.ceil(total_steps / 10))
-    replayed = round(window_size * replay_ratio) if replay_data is not None else 0
+    replayed = max(1, round(window_size * replay_ratio)) if replay_data is not None and replay_ratio > 0 else 0
 
     torch.manual_seed(config.seed)  # dropout
     metrics = Metrics(config, total_steps)
@@ -175,12 +175,14 @@ def train(
             "tokens": result.tokens,
             "tokens_per_s": round(tokens / (time.perf_counter() - step_started), 1),
         }
-        evaluating = eval_data and (step % eval_steps == 0 or step == total_steps)
-        if eval_data and evaluating:
-            metrics.pause()
-            result.val_loss = line["val_loss"] = evaluate(engine, eval_data, config.per_device_eval_batch_size)
+        if eval_data and (step % eval_steps == 0 or step == total_steps):
+            val_loss = evaluate(engine, eval_data, config.per_device_eval_batch_size)
+            if not math.isfinite(val_loss):  # the step just made broke the weights: nothing of them is to be kept
+                reason = f"the validation loss is {val_loss}"
+                raise FloatingPointError(_why_not_finite(engine.module, step, reason, lr, losses))
+            result.val_loss = line["val_loss"] = val_loss
         metrics.log(line)
-        if evaluating:
+        if "val_loss" in line:
             show_samples(step)
             if result.best_val_loss is None or line["val_loss"] < result.best_val_loss:
                 result.best_val_loss, result.best_step = line["val_loss"], step
@@ -200,7 +202,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(engine: TorchEngine, data: Sequence[Example], batch_size: int) -> float:
-    """The mean loss over all supervised tokens of `data`, in nats."""
+    """The mean loss over all supervised tokens of `data`, in nats. Leaves the module in train mode."""
     engine.module.eval()
     nll, n_tokens = 0.0, 0
     for rows in deal(_lengths(data), batch_size):
@@ -222,8 +224,8 @@ def _why_not_finite(model: nn.Module, step: int, reason: str, lr: float, losses:
             "(a lower --learning_rate, more --warmup_steps or a smaller --max_grad_norm help)"
         )
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    cause = f"the weights came so ({', '.join(broken[:3])})" if broken else "are the weights whole?"
-    return f"step {step}: {reason}, at the very first: {cause}"
+    cause = f"are not finite themselves ({', '.join(broken[:3])})" if broken else "are finite, but too large"
+    return f"step {step}: {reason}, at the very first: the weights that it starts from {cause}"
 
 
 def _perplexity(loss: float) -> str:

@@ -20,18 +20,19 @@ class Metrics:
         self.file: IO[str] | None = None
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+            self.file = open(self.folder / METRICS, "w", encoding="utf-8")  # noqa: SIM115
         self.bar = progress_bar(total_steps, "step", "training")
         self.started = time.perf_counter()
 
     def evaluated(self, step: int, val_loss: float) -> None:
         """An evaluation without a step: the one before training."""
         self._write({"step": step, "val_loss": val_loss})
-        self.pause()
+        self.bar.clear()  # something else is printed now
         say(f"step {step:,}/{self.total_steps:,}  val_loss {val_loss:.4f}")
         self.started = time.perf_counter()
 
     def log(self, line: dict[str, Any]) -> None:
+        """A step: all of it to the file, the bar moved on, a line printed where one is due."""
         self._write(line)
         step = line["step"]
         text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad {line['grad_norm']:.2f}"
@@ -40,7 +41,7 @@ class Metrics:
         evaluated = f"  val_loss {line['val_loss']:.4f}" if "val_loss" in line else ""
         left = (time.perf_counter() - self.started) / step * (self.total_steps - step)
         if evaluated or (self.bar.disable and (step % self.logging_steps == 0 or step == 1)):
-            self.pause()
+            self.bar.clear()
             say(
                 f"step {step:,}/{self.total_steps:,}  {text}{evaluated}  "
                 f"{line['tokens_per_s']:,.0f} tok/s  {_clock(left)} left"
@@ -48,11 +49,8 @@ class Metrics:
         if evaluated and self.folder is not None:
             draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
 
-    def pause(self) -> None:
-        """Clears the bar before something else is printed."""
-        self.bar.clear()
-
     def close(self) -> None:
+        """Ends the bar and the file, and draws the picture."""
         self.bar.close()
         if self.file is not None and self.folder is not None:
             self.file.close()

@@ -42,7 +42,7 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
     with open(folder / ".lock", "a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             raise FileExistsError(
                 f"{folder}: another run, process {lock.read()}, is writing into this folder; {OTHER}"

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from minigpt.data.dataset import Example, Fitted, encode_example, encode_segments, fit_example, fit_examples
+from minigpt.data.dataset import Example, Fitted, encode_example, encode_segments, fit_example
 from minigpt.data.prompts import TEMPLATES, Segment, get_template
 from minigpt.data.records import Conversation
 from minigpt.data.tokenizer import END_OF_TEXT, Tokenizer
@@ -218,12 +218,3 @@ def test_any_conversation_at_any_length(name):
     for _ in range(150):
         messages, length = random_conversation(draw), draw.choice([1, 2, 5, 20, 40, 60, 80, 120, 200])
         assert fit_example(messages, template, TOKENIZER, length) == naive(list(messages), template, length)
-
-
-def test_many_at_once_are_each_by_itself():
-    draw = random.Random(0)
-    conversations = [random_conversation(draw) for _ in range(100)]
-    before = [[dict(message) for message in messages] for messages in conversations]
-    together = list(fit_examples(conversations, IO, TOKENIZER, 40, True))
-    assert together == [fit_example(messages, IO, TOKENIZER, 40, True) for messages in conversations]
-    assert conversations == before

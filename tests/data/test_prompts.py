@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from minigpt import files
 from minigpt.data import prompts
-from minigpt.data.dataset import encode_segments, fit_examples
+from minigpt.data.dataset import encode_segments, fit_example
 from minigpt.data.prompts import TEMPLATES, Segment, Template, get_template, template_of
 from minigpt.data.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -241,7 +241,8 @@ def test_what_is_trained_is_what_is_asked():
             user, answer = {"role": "user", "content": text(), "input": draw.choice(["", text()])}, text()
             turns = [user, {"role": "assistant", "content": answer}]
             conversations.append([*draw.choice([[], turns]), *turns])
-        for messages, fitted in zip(conversations, fit_examples(conversations, template, tokenizer, 1000), strict=True):
+        for messages in conversations:
+            fitted = fit_example(messages, template, tokenizer, 1000)
             prompt = encode_segments(template.render(messages[:-1], add_generation_prompt=True), tokenizer).ids
             answer = tokenizer.encode(template.answer.format(content=messages[-1]["content"]))
             assert fitted.example.ids == [*prompt, *answer, tokenizer.eot_id]
@@ -282,9 +283,9 @@ def test_a_written_template_needs_three_keys(tmp_path):
 
 GOOD = {"name": "qa", "user": "{content}", "user_with_input": "{content}", "triggers": {"human": "Q"}}
 BROKEN = {
-    "half a file": ('{"name": "qa",\n "user', "not JSON: Unterminated string starting at: line 2 column 2"),
-    "not UTF-8": ('{"name": "\udcff"}', "not JSON: 'utf-8' codec can't decode byte 0xff in position 10"),
-    "a list": ("[]", "a template has the keys name, user, user_with_input, answer, preamble, "),
+    "half a file": ('{"name": "qa",\n "user', "2: not JSON: Unterminated string starting at (correct"),
+    "not UTF-8": ('{"name": "\udcff"}', "not UTF-8 text (byte 10), so not JSON"),
+    "a list": ("[]", "expected a JSON object"),
     "a key missing": ({"name": "qa", "user": ""}, "a template has the keys name, user, user_with_input"),
     "a key too many": (GOOD | {"users": ""}, "a template has the keys name, user, user_with_input"),
     "a number": (GOOD | {"user": 5}, 'user is 5, expected the like of "### {instruction}:'),
@@ -312,7 +313,7 @@ def test_broken_files_are_named_in_one_line(name, tmp_path):
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError) as caught:
         get_template(tmp_path)
-    assert str(caught.value).startswith(f"{path}: {message}")
+    assert str(caught.value).removeprefix(f"{path}:").lstrip().startswith(message)
     assert "\n" not in str(caught.value)
 
 

@@ -81,13 +81,6 @@ def turn(n: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": f"Answer {n}."}]
 
 
-def test_more_conversations_than_are_encoded_together(tmp_path, cache, monkeypatch):
-    path = write(tmp_path / "data.jsonl", ROWS)
-    whole = plain(build(path, cache))
-    monkeypatch.setattr(module, "CONVERSATIONS", 7)
-    assert plain(build(path, tmp_path / "other")) == whole
-
-
 def test_a_vocabulary_of_more_than_two_bytes(tmp_path, cache):
     wide = Tokenizer(RANKS, {"<|endoftext|>": 70_000})
     path = write(tmp_path / "data.jsonl", ROWS)

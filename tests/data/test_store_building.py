@@ -78,16 +78,16 @@ def test_a_place_that_cannot_be_taken_is_an_error(tmp_path, cache, monkeypatch):
 
 
 def test_the_slower_of_two_builders_takes_what_the_faster_built(tmp_path, cache, monkeypatch):
-    path, fit_examples = write(tmp_path / "data.jsonl", ROWS), module.fit_examples
+    path, fit_example = write(tmp_path / "data.jsonl", ROWS), module.fit_example
     built = []
 
     def overtaken(*args):
         if not built:
             built.append(None)
             built[0] = build(path, cache)
-        return fit_examples(*args)
+        return fit_example(*args)
 
-    monkeypatch.setattr(module, "fit_examples", overtaken)
+    monkeypatch.setattr(module, "fit_example", overtaken)
     store = build(path, cache)
     assert store.folder == built[0].folder
     assert store.ids.tolist() == built[0].ids.tolist()

@@ -1,6 +1,9 @@
 """A conversation: what the model is asked, what is shown of its answer, what is remembered."""
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from minigpt.data.records import Conversation
 from minigpt.inference.chat import Chat, fit_prompt
 from minigpt.model.gpt2 import GPT, GPTConfig
 
+ROOT = Path(__file__).parents[2]
 ALPACA, HUGCHAT = get_template("alpaca"), get_template("hugchat")
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
@@ -96,6 +100,17 @@ def test_no_character_comes_in_halves(say):
 def test_half_a_character_at_the_end_is_not_shown(say, tokenizer):
     assert len(tokenizer.encode("Paris 日")) > 3
     assert "".join(say("Paris 日", max_new_tokens=len(tokenizer.encode("Paris 日")) - 1)) == "Paris"
+
+
+def test_a_blank_line_ends_an_answer_where_that_is_asked_for(speaker, tokenizer, tmp_path):
+    """HugChat's corpora end a turn with one, and models trained on them without end-of-text run on."""
+    prompt = encode(tokenizer, HUGCHAT, [QUESTION])
+    speaker(tokenizer.encode(" Paris.\nIt is. \n\nAnd more."), prompt_length=len(prompt)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    command = [sys.executable, ROOT / "chat.py", "--model_name_or_path", tmp_path, "--prompt", QUESTION["content"]]
+    for switch, shown in (([], "Paris.\nIt is. \n\nAnd more.\n"), (["--stop_blank_line"], "Paris.\nIt is.\n")):
+        done = subprocess.run([*command, "--template", "hugchat", *switch], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout) == (0, shown)
 
 
 # ---- what is asked

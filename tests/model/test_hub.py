@@ -59,6 +59,14 @@ def test_shards_with_an_index(folder, copy):
     model.save_pretrained(copy, max_shard_size="20KB")
     assert len(list(copy.glob("model-*.safetensors"))) > 1
     assert same(GPT.from_pretrained(copy), GPT.from_pretrained(folder))
+    index = copy / "model.safetensors.index.json"
+    whole = index.read_text()
+    for text, message in (("{", ":1: not JSON: "), ("[]", ": expected a JSON object"), ("{}", ': no "weight_map", ')):
+        index.write_text(text)
+        with pytest.raises(ValueError) as error:
+            GPT.from_pretrained(copy)
+        assert str(error.value).startswith(f"{index}{message}")
+    index.write_text(whole)
     next(copy.glob("model-00001-*.safetensors")).unlink()
     with pytest.raises(FileNotFoundError, match=r"model.safetensors.index.json: names model-00001-of-.*not there"):
         GPT.from_pretrained(copy)
@@ -129,6 +137,9 @@ def test_broken_files_are_named(copy):
         GPT.from_pretrained(copy)
     (copy / "config.json").write_text('{\n"n_embd": ,')
     with pytest.raises(ValueError, match=r"config.json:2: not JSON"):
+        GPT.from_pretrained(copy)
+    (copy / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=f"^{copy}: config.json: model_type 'llama' is not 'gpt2'"):
         GPT.from_pretrained(copy)
     (copy / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no config.json, so this is not a model"):

@@ -184,6 +184,24 @@ def test_replayed_rows_stand_beside_the_window_in_every_step():
     assert extra in {a + b for i, a in enumerate(lengths) for b in lengths[:i]}
 
 
+def test_a_share_of_less_than_one_row_is_one():
+    """A quarter of a window of 2 rounded to nothing, and whoever asked for replay trained without it."""
+    data, replay = examples(2), examples(1, seed=3)
+    config = TrainConfig(per_device_train_batch_size=2)
+    result = train(config, make_engine(tiny_model(), config), data, replay_data=replay)
+    assert result.tokens == sum(len(example) - 1 for example in [*data, *replay])
+    result = train(config, make_engine(tiny_model(), config), data, replay_data=replay, replay_ratio=0.0)
+    assert result.tokens == sum(len(example) - 1 for example in data)
+
+
+def test_a_second_run_into_a_folder_does_not_mix_its_lines_with_the_first_ones(tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path), per_device_train_batch_size=2)
+    for _ in range(2):
+        train(config, make_engine(tiny_model(), config), examples(6))
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3]
+
+
 def test_one_seed_one_run():
     data = examples(20)
     runs = [weights(run(data, per_device_train_batch_size=4, seed=seed)[1]) for seed in (7, 7, 8)]
@@ -231,6 +249,20 @@ def test_a_gradient_that_is_no_number_leaves_the_weights_as_they_were():
     with pytest.raises(FloatingPointError, match="step 1: the gradient norm is (nan|inf)"):
         train(config, engine, examples(4))
     assert torch.equal(weights(model), before)
+
+
+def test_a_step_that_breaks_the_weights_is_not_the_best(tmp_path):
+    """Its validation loss was NaN, which no later loss is below: NaN weights stood in export-best, and in export."""
+    config = TrainConfig(output_dir=str(tmp_path), learning_rate=1e30, max_grad_norm=math.inf, max_steps=1)
+    with pytest.raises(FloatingPointError, match=r"step 1: the validation loss is nan at learning rate 1.00e\+30; "):
+        train(
+            config,
+            make_engine(tiny_model(), config),
+            examples(4),
+            examples(2, seed=1),
+            export=lambda weights, folder: folder.mkdir(),
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
 def test_nothing_to_train_on_is_refused():
