@@ -88,6 +88,7 @@ def main(config: SFTConfig) -> None:
             template,
             max_new_tokens=max_new_tokens,
             batch_size=config.per_device_eval_batch_size,
+            skip_bad_records=config.skip_bad_records,
             overwrite=config.overwrite_output_dir,
         )
         return
@@ -117,9 +118,11 @@ def main(config: SFTConfig) -> None:
         elif config.validation_split:
             train_data, eval_data = split(train_data, config.validation_split, config.seed)
         if config.replay_data:
-            replay_data = Blocks(
-                build_text_store(config.replay_data, tokenizer, cache_dir=config.cache_dir), max_seq_length
-            )
+            skip, cache_dir = config.skip_bad_records, config.cache_dir
+            texts = build_text_store(config.replay_data, tokenizer, skip_bad_records=skip, cache_dir=cache_dir)
+            counts = f"{texts.stats.tokens:,} tokens; {texts.stats.bad_records:,} bad records"
+            say(f"{' '.join(config.replay_data)}: {counts}")
+            replay_data = Blocks(texts, max_seq_length)
         model = GPT.from_pretrained(name, revision=revision, device=device, **changes)
         say(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
         engine = make_engine(model, config)

@@ -72,7 +72,8 @@ def main(config: PretrainConfig) -> None:
             store = build_text_store(
                 paths, tokenizer, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir
             )
-            say(f"{' '.join(paths)}: {store.stats.examples:,} documents, {store.stats.tokens:,} tokens")
+            found = f"{store.stats.examples:,} documents, {store.stats.tokens:,} tokens"
+            say(f"{' '.join(paths)}: {found}; {store.stats.bad_records:,} bad records")
             return store
 
         store, eval_data = read(config.data), None

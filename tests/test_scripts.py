@@ -98,7 +98,7 @@ def test_train_from_nothing(work, pretrained):
 
     text = (work.folder / "corpus.txt").read_text()
     tokens = len(Tokenizer.tiny().encode(text)) + 1
-    assert pretrained.startswith(f"corpus.txt: 1 documents, {tokens:,} tokens\n")
+    assert pretrained.startswith(f"corpus.txt: 1 documents, {tokens:,} tokens; 0 bad records\n")
     assert pretrained.count("  sample    ") == 4  # at steps 0, 3, 6 and 8
     table = dict(re.split(r"  +", line, maxsplit=1) for line in pretrained.splitlines()[-8:])
     rows = ["steps", "data seen", "training loss", "validation loss", "time", "export", "picture", "chat"]

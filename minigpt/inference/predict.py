@@ -114,6 +114,7 @@ def predict_file(
     *,
     max_new_tokens: int,
     batch_size: int,
+    skip_bad_records: int = 0,
     overwrite: bool = False,
 ) -> Scores:
     """Answers a dataset; writes `predictions.jsonl`, a line per answer, and `scores.json` into a folder.
@@ -126,7 +127,7 @@ def predict_file(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target}: is there already; give another --output_dir, or --overwrite_output_dir")
     conversations = []
-    for conversation in read_records(path):
+    for conversation in read_records(path, skip_bad_records=skip_bad_records):
         if conversation.messages[0]["role"] == "text":
             raise ValueError(f"{conversation.source}: plain text, expected a question and its answer")
         conversations.append(conversation.messages)

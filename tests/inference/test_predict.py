@@ -161,6 +161,13 @@ def test_predictions_are_not_written_over(write, tmp_path):
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 8
 
 
+def test_bad_records_are_passed_over_as_in_training(write):
+    """`--skip_bad_records` was read in training alone."""
+    with pytest.raises(ValueError, match=r'data.json:1: "output" is missing'):
+        write([{"instruction": "Name it."}, *ALPACA])
+    assert write([{"instruction": "Name it."}, *ALPACA], skip_bad_records=1).answers == 8
+
+
 def test_a_text_in_the_data_is_refused_where_it_stands(write, tmp_path):
     with pytest.raises(ValueError, match=r"data.json:1: plain text, expected a question and its answer"):
         write([{"text": "Once upon a time."}])
