@@ -55,7 +55,7 @@ def main(config: ChatConfig) -> None:
 
     revision = config.revision
     model = GPT.from_pretrained(name, revision=revision, device=pick_device(config.device))
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision)
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, None if config.tokenizer_name else revision)
     model.config.check_vocabulary(tokenizer.vocab_size)
     template = get_template(config.template or template_of(name, revision), **config.triggers)
     if config.stop_blank_line:

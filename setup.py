@@ -1,4 +1,4 @@
-"""Packaging. `pip install -c constraints.txt -e '.[all]'` installs the tested set."""
+"""Packaging. `pip install -c constraints.txt -e '.[dev]'` installs the tested set."""
 
 from pathlib import Path
 
@@ -10,7 +10,10 @@ exec((ROOT / "minigpt" / "version.py").read_text(encoding="utf-8"), VERSION)
 
 EXTRAS = {
     "plot": ["matplotlib>=3.8"],
+    "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
+    "tensorboard": ["tensorboard>=2.16"],
     "parquet": ["pyarrow>=15"],
+    "curation": ["sentence-transformers>=3"],
 }
 TEST = ["pytest>=8", "transformers>=4.50", "jinja2>=3.1", "regex", *EXTRAS["plot"], *EXTRAS["parquet"]]
 

@@ -61,7 +61,7 @@ def main(config: SFTConfig) -> None:
 
     # ---- what the model's folder says
     revision, device = config.revision, pick_device(config.device)
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision)
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, None if config.tokenizer_name else revision)
     changes = {**config.config_changes, "bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     model_config = GPTConfig.from_pretrained(name, revision, **changes)
     model_config.check_vocabulary(tokenizer.vocab_size)

@@ -54,7 +54,9 @@ def main(config: PretrainConfig) -> None:
 
     # ---- tokenizer and shape
     name = config.model_name_or_path
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name or "gpt2", config.revision)
+    tokenizer = Tokenizer.from_pretrained(
+        config.tokenizer_name or name or "gpt2", None if config.tokenizer_name else config.revision
+    )
     changes = {**config.config_changes, "bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     if name:
         model_config = GPTConfig.from_pretrained(name, config.revision, **changes)

@@ -116,9 +116,9 @@ def predict(model: str, questions: Path, folder: Path) -> Outcome:
 def script(name: str, *arguments) -> None:
     """Runs one of the scripts, and shows the command."""
     words = [str(word) for word in arguments]
-    print(f"$ python {shlex.join([name, *words])}", flush=True)
     if name != "chat.py":
         words.append("--overwrite_output_dir")
+    print(f"$ python {shlex.join([name, *words])}", flush=True)
     done = subprocess.run([sys.executable, name, *words], check=False)
     if done.returncode:
         raise SystemExit(f"{name} ended with exit code {done.returncode}; its message stands above")

@@ -60,7 +60,7 @@ def _loss_and_gradients(
     precise = torch.promote_types(hidden.dtype, torch.float32)
     nll_sum = torch.zeros((), dtype=precise, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if gradients else None
-    d_weight = torch.zeros_like(weight) if gradients else None
+    d_weight = torch.zeros_like(weight, dtype=precise) if gradients else None
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     for start in range(0, hidden.shape[0], rows):
         chunk, target = hidden[start : start + rows], targets[start : start + rows, None]  # (n,C), (n,1)
@@ -73,5 +73,8 @@ def _loss_and_gradients(
             d_logits.scatter_add_(1, target, -torch.ones_like(target, dtype=precise))
             d_logits = d_logits.to(hidden.dtype)
             torch.mm(d_logits, weight, out=d_hidden[start : start + rows])
-            d_weight.addmm_(d_logits.t(), chunk)
-    return nll_sum, d_hidden, d_weight
+            if chunk.dtype == precise:
+                d_weight.addmm_(d_logits.t(), chunk)  # (V,n) @ (n,C) -> (V,C)
+            else:  # summed in fp32: in half precision the error would grow with every chunk
+                d_weight += d_logits.t() @ chunk
+    return nll_sum, d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype)

@@ -19,10 +19,11 @@ from minigpt.arguments import TrainConfig
 from minigpt.data.collate import collate
 from minigpt.data.dataset import Example
 from minigpt.data.order import deal, epoch_windows, replay_rows
+from minigpt.distributed import is_main
 from minigpt.training.engine import TorchEngine
 from minigpt.training.metrics import Metrics
 from minigpt.training.optim import learning_rate
-from minigpt.training.run import EXPORT, EXPORT_BEST, LOSS_PICTURE, remove
+from minigpt.training.run import EXPORT, EXPORT_BEST, LOSS_PICTURE, remove, start_run
 
 PAD = 0  # any id of the vocabulary: padding stands behind all that counts, and its targets are ignored
 
@@ -94,6 +95,7 @@ def train(
 
     Raises:
         ValueError: there is nothing to train on.
+        FileExistsError: `output_dir` holds a run, and `overwrite_output_dir` is not set.
         FloatingPointError: the loss or the gradient is no longer a number.
     """
     window_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -108,8 +110,9 @@ def train(
     replayed = max(1, round(window_size * replay_ratio)) if replay_data is not None and replay_ratio > 0 else 0
 
     torch.manual_seed(config.seed)  # dropout
-    metrics = Metrics(config, total_steps)
     output_dir = Path(config.output_dir) if config.output_dir else None
+    if output_dir is not None and is_main():
+        start_run(config, output_dir)
     result = TrainResult(0, 0.0, 0, 0, math.nan, 0.0)
     losses: list[float] = []
     applied_steps = 0
@@ -121,75 +124,79 @@ def train(
             on_eval(engine.module, step)
             engine.module.train()
 
-    engine.module.train()
-    if eval_data:
-        result.val_loss_before = evaluate(engine, eval_data, config.per_device_eval_batch_size)
-        metrics.evaluated(0, result.val_loss_before)
-        show_samples(0)
+    with Metrics(output_dir, total_steps, config.logging_steps) as metrics:
+        engine.module.train()
+        if eval_data:
+            result.val_loss_before = evaluate(engine, eval_data, config.per_device_eval_batch_size)
+            metrics.evaluated(result.val_loss_before)
+            show_samples(0)
 
-    for step in range(1, total_steps + 1):
-        step_started = time.perf_counter()
+        for step in range(1, total_steps + 1):
+            step_started = time.perf_counter()
 
-        # ---- data: one window of examples, cut into micro-batches of similar length
-        epoch, place = divmod(step - 1, steps_per_epoch)
-        if place == 0:
-            windows = epoch_windows(lengths, window_size, config.seed, epoch, config.group_by_length)
-        examples = [train_data[int(index)] for index in windows[place]]
-        if replay_data is not None and replayed:
-            examples += [replay_data[int(i)] for i in replay_rows(len(replay_data), replayed, config.seed, step - 1)]
-        batches = [
-            collate([examples[index] for index in micro_batch], PAD)
-            for micro_batch in deal([len(e) for e in examples], config.per_device_train_batch_size)
-        ]
-        n_tokens = sum(int((batch.targets != -100).sum()) for batch in batches)
+            # ---- data: one window of examples, cut into micro-batches of similar length
+            epoch, place = divmod(step - 1, steps_per_epoch)
+            if place == 0:
+                windows = epoch_windows(lengths, window_size, config.seed, epoch, config.group_by_length)
+            examples = [train_data[int(index)] for index in windows[place]]
+            if replay_data is not None and replayed:
+                examples += [
+                    replay_data[int(i)] for i in replay_rows(len(replay_data), replayed, config.seed, step - 1)
+                ]
+            batches = [
+                collate([examples[index] for index in micro_batch], PAD)
+                for micro_batch in deal([len(e) for e in examples], config.per_device_train_batch_size)
+            ]
+            n_tokens = sum(int((batch.targets != -100).sum()) for batch in batches)
 
-        # ---- forward and backward: the mean over all of the window's supervised tokens, not a mean of means
-        window_nll: Tensor | float = 0.0
-        for batch in batches:
-            nll_sum, _ = engine(batch)
-            engine.backward(nll_sum / max(1, n_tokens), last=batch is batches[-1])
-            window_nll = window_nll + nll_sum.detach()
+            # ---- forward and backward: the mean over all of the window's supervised tokens, not a mean of means
+            window_nll: Tensor | float = 0.0
+            for batch in batches:
+                nll_sum, _ = engine(batch)
+                engine.backward(nll_sum / max(1, n_tokens), last=batch is batches[-1])
+                window_nll = window_nll + nll_sum.detach()
 
-        # ---- optimizer
-        lr = learning_rate(applied_steps, total_steps, config)
-        loss = float(window_nll) / max(1, n_tokens)
-        if not math.isfinite(loss):
-            raise FloatingPointError(_why_not_finite(engine.module, step, f"the loss is {loss}", lr, losses))
-        info = engine.step(lr)
-        applied_steps += not info.skipped
-        if info.skipped and info.loss_scale == 1.0:  # nothing was scaled, so a smaller scale will not help
-            reason = f"the gradient norm is {info.grad_norm}"
-            raise FloatingPointError(_why_not_finite(engine.module, step, reason, lr, losses))
-
-        # ---- metrics and evaluation
-        losses.append(loss)
-        tokens = sum(len(example) - 1 for example in examples)
-        result.tokens += tokens
-        result.supervised_tokens += n_tokens
-        line: dict[str, Any] = {
-            "step": step,
-            "epoch": round(step / steps_per_epoch, 4),
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": info.grad_norm,
-            "tokens": result.tokens,
-            "tokens_per_s": round(tokens / (time.perf_counter() - step_started), 1),
-        }
-        if eval_data and (step % eval_steps == 0 or step == total_steps):
-            val_loss = evaluate(engine, eval_data, config.per_device_eval_batch_size)
-            if not math.isfinite(val_loss):  # the step just made broke the weights: nothing of them is to be kept
-                reason = f"the validation loss is {val_loss}"
+            # ---- optimizer
+            lr = learning_rate(applied_steps, total_steps, config)
+            loss = float(window_nll) / max(1, n_tokens)
+            if not math.isfinite(loss):
+                raise FloatingPointError(_why_not_finite(engine.module, step, f"the loss is {loss}", lr, losses))
+            info = engine.step(lr)
+            applied_steps += not info.skipped
+            if info.skipped and info.loss_scale == 1.0:  # nothing was scaled, so a smaller scale will not help
+                reason = f"the gradient norm is {info.grad_norm}"
                 raise FloatingPointError(_why_not_finite(engine.module, step, reason, lr, losses))
-            result.val_loss = line["val_loss"] = val_loss
-        metrics.log(line)
-        if "val_loss" in line:
-            show_samples(step)
-            if result.best_val_loss is None or line["val_loss"] < result.best_val_loss:
-                result.best_val_loss, result.best_step = line["val_loss"], step
-                if export is not None and output_dir is not None and step < total_steps:
-                    export(engine.full_state_dict(), output_dir / EXPORT_BEST)
 
-    metrics.close()
+            # ---- metrics and evaluation
+            losses.append(loss)
+            tokens = sum(len(example) - 1 for example in examples)
+            result.tokens += tokens
+            result.supervised_tokens += n_tokens
+            line: dict[str, Any] = {
+                "step": step,
+                "epoch": round(step / steps_per_epoch, 4),
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": info.grad_norm,
+                "tokens": result.tokens,
+                "tokens_per_s": round(tokens / (time.perf_counter() - step_started), 1),
+            }
+            if step == 1 and result.val_loss_before is not None:
+                line["val_loss_before"] = result.val_loss_before
+            if eval_data and (step % eval_steps == 0 or step == total_steps):
+                val_loss = evaluate(engine, eval_data, config.per_device_eval_batch_size)
+                if not math.isfinite(val_loss):  # the step just made broke the weights: nothing of them is to be kept
+                    reason = f"the validation loss is {val_loss}"
+                    raise FloatingPointError(_why_not_finite(engine.module, step, reason, lr, losses))
+                result.val_loss = line["val_loss"] = val_loss
+            metrics.log(line)
+            if "val_loss" in line:
+                show_samples(step)
+                if result.best_val_loss is None or line["val_loss"] < result.best_val_loss:
+                    result.best_val_loss, result.best_step = line["val_loss"], step
+                    if export is not None and output_dir is not None and step < total_steps:
+                        export(engine.full_state_dict(), output_dir / EXPORT_BEST)
+
     result.steps, result.epochs = total_steps, total_steps / steps_per_epoch
     result.train_loss = float(np.mean(losses[-math.ceil(total_steps / 10) :]))
     result.seconds = time.perf_counter() - started

@@ -5,35 +5,37 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from minigpt.arguments import TrainConfig
 from minigpt.distributed import is_main, progress_bar, say
 from minigpt.training.run import LOSS_PICTURE, METRICS
 
 
 class Metrics:
-    """Writes each step's numbers on rank 0. Without an `output_dir` it only prints."""
+    """Writes each step's numbers on rank 0, into `folder` if there is one. A context manager: the end draws."""
 
-    def __init__(self, config: TrainConfig, total_steps: int):
+    def __init__(self, folder: Path | None, total_steps: int, logging_steps: int):
         self.total_steps = total_steps
-        self.logging_steps = config.logging_steps
-        self.folder = Path(config.output_dir) if config.output_dir and is_main() else None
+        self.logging_steps = logging_steps
+        self.folder = folder if is_main() else None
         self.file: IO[str] | None = None
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / METRICS, "w", encoding="utf-8")  # noqa: SIM115
-        self.bar = progress_bar(total_steps, "step", "training")
-        self.started = time.perf_counter()
 
-    def evaluated(self, step: int, val_loss: float) -> None:
-        """An evaluation without a step: the one before training."""
-        self._write({"step": step, "val_loss": val_loss})
-        self.bar.clear()  # something else is printed now
-        say(f"step {step:,}/{self.total_steps:,}  val_loss {val_loss:.4f}")
+    def __enter__(self) -> "Metrics":
+        if self.folder is not None:
+            self.file = open(self.folder / METRICS, "w", encoding="utf-8")
+        self.bar = progress_bar(self.total_steps, "step", "training")
+        self.started = time.perf_counter()
+        return self
+
+    def evaluated(self, val_loss: float) -> None:
+        """Prints the evaluation before the first step."""
+        self.bar.clear()
+        say(f"step 0/{self.total_steps:,}  val_loss {val_loss:.4f}")
         self.started = time.perf_counter()
 
     def log(self, line: dict[str, Any]) -> None:
         """A step: all of it to the file, the bar moved on, a line printed where one is due."""
-        self._write(line)
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
         step = line["step"]
         text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad {line['grad_norm']:.2f}"
         self.bar.set_postfix_str(f"{text}  {line['tokens_per_s']:,.0f} tok/s", refresh=False)
@@ -49,17 +51,11 @@ class Metrics:
         if evaluated and self.folder is not None:
             draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
 
-    def close(self) -> None:
-        """Ends the bar and the file, and draws the picture."""
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
         if self.file is not None and self.folder is not None:
             self.file.close()
             draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
 
 
 def draw_losses(metrics: Path, picture: Path) -> bool:
@@ -70,11 +66,11 @@ def draw_losses(metrics: Path, picture: Path) -> bool:
         from matplotlib.ticker import EngFormatter
     except ImportError:
         return False
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "val_loss" in line]
+    steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     if not steps:
         return False
+    before = [(0, line["val_loss_before"]) for line in steps[:1] if "val_loss_before" in line]
+    evaluations = before + [(line["step"], line["val_loss"]) for line in steps if "val_loss" in line]
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per supervised token)")
@@ -82,8 +78,7 @@ def draw_losses(metrics: Path, picture: Path) -> bool:
     axes.plot(xs, [line["loss"] for line in steps], color="tab:blue", alpha=0.35, linewidth=1)
     axes.plot(xs, _smooth([line["loss"] for line in steps]), color="tab:blue", label="training")
     if evaluations:
-        points = [line["step"] for line in evaluations], [line["val_loss"] for line in evaluations]
-        axes.plot(*points, "o-", color="tab:orange", markersize=4, label="validation")
+        axes.plot(*zip(*evaluations, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
     tokens_per_step = steps[-1]["tokens"] / steps[-1]["step"]
     top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
     top.set_xlabel("tokens")

@@ -25,13 +25,12 @@ OTHER = "give another --output_dir"
 
 @contextmanager
 def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
-    """Claims `config.output_dir` (set to `default` where it is unset) for this run, and writes config.yaml.
+    """Claims `config.output_dir` (set to `default` where it is unset) for this process.
 
-    A run that fails before its first step leaves no trace of a run.
+    Nothing is lost or written before `start_run`, and a run that fails before its first step leaves no trace of one.
 
     Raises:
-        FileExistsError: the folder holds a run, and `overwrite_output_dir` is not set, or this run reads from that
-            one; or another run is writing into it.
+        FileExistsError: another run is writing into the folder, or what `start_run` refuses.
     """
     config.output_dir = config.output_dir or default
     folder = Path(config.output_dir)
@@ -50,28 +49,43 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        held = [name for name in (CONFIG, METRICS, EXPORT, EXPORT_BEST) if (folder / name).exists()]
-        if held and not config.overwrite_output_dir:
-            raise FileExistsError(f"{folder}: holds a run ({', '.join(held)}); {OTHER}, or --overwrite_output_dir")
-        sources = [Path(value).resolve() for value in vars(config).values() if isinstance(value, str)]
-        for name in held:
-            if any(source.is_relative_to((folder / name).resolve()) for source in sources):
-                raise FileExistsError(f"{folder / name}: this run starts from it, so it cannot take its place; {OTHER}")
-        for name in (*held, LOSS_PICTURE):
-            remove(folder / name)
-        save_yaml(config, folder / CONFIG)
+        _held(folder, config)  # refused now, and not after the data was read
         try:
             yield folder
         except BaseException:
-            if not _stepped(folder / METRICS):  # bad data, no memory: the same command, mended, need not be forced
+            if not _stepped(folder / METRICS):  # no memory, say: the same command, mended, need not be forced
                 remove(folder / CONFIG)
                 remove(folder / METRICS)
             raise
 
 
+def start_run(config: TrainConfig, folder: Path) -> None:
+    """Writes config.yaml, where an earlier run's files lay.
+
+    Raises:
+        FileExistsError: the folder holds a run, and `overwrite_output_dir` is not set, or this run reads from that one.
+    """
+    held = _held(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*held, LOSS_PICTURE):
+        remove(folder / name)
+    save_yaml(config, folder / CONFIG)
+
+
+def _held(folder: Path, config: TrainConfig) -> list[str]:
+    held = [name for name in (CONFIG, METRICS, EXPORT, EXPORT_BEST) if (folder / name).exists()]
+    if held and not config.overwrite_output_dir:
+        raise FileExistsError(f"{folder}: holds a run ({', '.join(held)}); {OTHER}, or --overwrite_output_dir")
+    sources = [Path(value).resolve() for value in vars(config).values() if isinstance(value, str)]
+    for name in held:
+        if any(source.is_relative_to((folder / name).resolve()) for source in sources):
+            raise FileExistsError(f"{folder / name}: this run starts from it, so it cannot take its place; {OTHER}")
+    return held
+
+
 def _stepped(metrics: Path) -> bool:
     """Whether the run came as far as a step."""
-    return metrics.exists() and '"loss"' in metrics.read_text(encoding="utf-8")
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def remove(path: Path) -> None:

@@ -64,6 +64,17 @@ def test_bf16_autocast_stays_close_and_sums_in_fp32():
         assert ((got - wanted).norm() / wanted.norm()).item() < 2e-2
 
 
+def test_bf16_gradients_do_not_lose_precision_with_every_chunk(monkeypatch):
+    hidden, weight, targets = case(torch.bfloat16, rows=8, length=200)
+    expected = torch.autograd.grad(naive(hidden.float(), weight.float(), targets), weight)[0].float()
+    errors = []
+    for rows in (2000, 8):  # one chunk, and over a hundred
+        monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows * 97)
+        got = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0], weight)[0].float()
+        errors.append(((got - expected).norm() / expected.norm()).item())
+    assert errors[1] < 1.5 * errors[0] < 0.01
+
+
 def test_the_full_logits_never_exist(monkeypatch):
     """The point of it all: no tensor of (supervised tokens, vocabulary) is ever made."""
     hidden, weight, targets = case(length=400, vocabulary=1000)

@@ -111,15 +111,15 @@ def test_the_files_of_a_run(tmp_path):
         config, engine, examples(30), examples(6, seed=1), export=lambda weights, folder: exported.append(folder.name)
     )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(9))
+    assert [line["step"] for line in lines] == list(range(1, 9))
     assert list(lines[1]) == ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"]
-    assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6, 8]
+    assert [line["step"] for line in lines if "val_loss" in line] == [3, 6, 8]
     assert lines[-1]["epoch"] == 1.0
     assert lines[-1]["tokens"] == result.tokens == sum(len(example) - 1 for example in examples(30))
     assert result.supervised_tokens == sum(int(example.supervised.sum()) for example in examples(30))
-    assert lines[0]["val_loss"] == result.val_loss_before
+    assert lines[0]["val_loss_before"] == result.val_loss_before
     assert lines[-1]["val_loss"] == result.val_loss
-    assert result.best_val_loss == min(line["val_loss"] for line in lines[1:] if "val_loss" in line)
+    assert result.best_val_loss == min(line["val_loss"] for line in lines if "val_loss" in line)
     assert exported[-1] == "export"
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -196,6 +196,10 @@ def test_a_share_of_less_than_one_row_is_one():
 
 def test_a_second_run_into_a_folder_does_not_mix_its_lines_with_the_first_ones(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path), per_device_train_batch_size=2)
+    train(config, make_engine(tiny_model(), config), examples(6))
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train(config, make_engine(tiny_model(), config), examples(6))
+    config.overwrite_output_dir = True
     for _ in range(2):
         train(config, make_engine(tiny_model(), config), examples(6))
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -262,7 +266,7 @@ def test_a_step_that_breaks_the_weights_is_not_the_best(tmp_path):
             examples(2, seed=1),
             export=lambda weights, folder: folder.mkdir(),
         )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl"]
 
 
 def test_nothing_to_train_on_is_refused():

@@ -2,17 +2,17 @@
 
 import json
 
-from minigpt import TrainConfig
+import pytest
+
 from minigpt.training.metrics import Metrics, draw_losses
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
-    metrics = Metrics(TrainConfig(logging_steps=2), total_steps=5)
-    metrics.evaluated(0, 4.0)
-    for step in range(1, 6):
-        line = {"step": step, "loss": 3.5, "lr": 1e-3, "grad_norm": 1.25, "tokens": 10, "tokens_per_s": 1234.0}
-        metrics.log(line | ({"val_loss": 2.0} if step == 5 else {}))
-    metrics.close()
+    with Metrics(None, total_steps=5, logging_steps=2) as metrics:
+        metrics.evaluated(4.0)
+        for step in range(1, 6):
+            line = {"step": step, "loss": 3.5, "lr": 1e-3, "grad_norm": 1.25, "tokens": 10, "tokens_per_s": 1234.0}
+            metrics.log(line | ({"val_loss": 2.0} if step == 5 else {}))
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "step 0/5  val_loss 4.0000"
     assert [line.split()[1] for line in out] == ["0/5", "1/5", "2/5", "4/5", "5/5"]
@@ -21,14 +21,23 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
 
 
 def test_the_picture_is_drawn_from_the_file(tmp_path):
-    lines = [{"step": 0, "val_loss": 4.0}]
-    lines += [{"step": step, "loss": 4.0 / step, "tokens": 100 * step} for step in range(1, 20)]
+    lines = [{"step": step, "loss": 4.0 / step, "tokens": 100 * step} for step in range(1, 20)]
+    lines[0]["val_loss_before"] = lines[-1]["val_loss"] = 4.0
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_step_no_picture(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_loss": 4.0}\n')
+    (tmp_path / "metrics.jsonl").touch()
     assert not draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_the_picture_is_drawn_also_where_a_run_breaks_off(tmp_path):
+    with pytest.raises(FloatingPointError), Metrics(tmp_path, total_steps=5, logging_steps=10) as metrics:
+        for step in (1, 2):
+            metrics.log({"step": step, "loss": 3.5, "lr": 1e-3, "grad_norm": 1.0, "tokens": 10, "tokens_per_s": 1.0})
+        raise FloatingPointError
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "loss.png").exists()

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from minigpt.arguments import DataArguments, ModelArguments, TrainConfig
 from minigpt.config import parse
-from minigpt.training.run import run_folder
+from minigpt.training.run import run_folder, start_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,9 +30,17 @@ def config(folder, **settings):
     return Config(output_dir=str(folder), **settings)
 
 
+@contextmanager
+def begun(settings: Config, default: str) -> Iterator[Path]:
+    """A run that came as far as training."""
+    with run_folder(settings, default) as folder:
+        start_run(settings, folder)
+        yield folder
+
+
 def finish(folder, **settings):
     """A run that makes a step and leaves an export."""
-    with run_folder(config(folder, **settings), "unused"):
+    with begun(config(folder, **settings), "unused"):
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
         (folder / "export").mkdir()
         (folder / "export" / "model.safetensors").write_text("weights")
@@ -43,9 +53,9 @@ def contents(folder):
 def test_the_folder_is_the_flags_or_the_scripts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     unset = Config()
-    with run_folder(unset, "runs/script") as folder:
+    with begun(unset, "runs/script") as folder:
         assert (str(folder), unset.output_dir) == ("runs/script", "runs/script")
-    with run_folder(Config(output_dir="elsewhere"), "runs/script") as folder:
+    with begun(Config(output_dir="elsewhere"), "runs/script") as folder:
         assert str(folder) == "elsewhere"
     assert contents(tmp_path) == [
         "elsewhere/.lock",
@@ -59,16 +69,16 @@ def test_the_saved_configuration_repeats_the_run(tmp_path):
     settings = config(
         tmp_path, learning_rate=1e-3, data=["a b.json", "é.json"], bf16=True, max_steps=None, words=["no"]
     )
-    with run_folder(settings, "unused"):
+    with begun(settings, "unused"):
         pass
     assert parse(Config, ["--config", str(tmp_path / "config.yaml")]) == settings
 
 
 def test_a_second_run_is_refused_by_name(tmp_path):
-    with run_folder(config(tmp_path), "unused"):
+    with begun(config(tmp_path), "unused"):
         with (
             pytest.raises(FileExistsError) as caught,
-            run_folder(config(tmp_path, overwrite_output_dir=True), "unused"),
+            begun(config(tmp_path, overwrite_output_dir=True), "unused"),
         ):
             pass
         assert str(caught.value) == (
@@ -92,7 +102,7 @@ with run_folder(TrainConfig(output_dir={str(tmp_path)!r}), "unused"):
             assert process.stdout.readline() == "claimed\n"
             with (
                 pytest.raises(FileExistsError, match=f"another run, process {process.pid}, is writing"),
-                run_folder(config(tmp_path), "unused"),
+                begun(config(tmp_path), "unused"),
             ):
                 pass
         finally:
@@ -103,7 +113,7 @@ with run_folder(TrainConfig(output_dir={str(tmp_path)!r}), "unused"):
 
 def test_a_finished_run_is_not_written_over(tmp_path):
     finish(tmp_path)
-    with pytest.raises(FileExistsError) as caught, run_folder(config(tmp_path), "unused"):
+    with pytest.raises(FileExistsError) as caught, begun(config(tmp_path), "unused"):
         pass
     assert str(caught.value) == (
         f"{tmp_path}: holds a run (config.yaml, metrics.jsonl, export); give another --output_dir, "
@@ -119,7 +129,7 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
     finish(tmp_path)
     (tmp_path / "export-best").mkdir()
     (tmp_path / "loss.png").write_text("picture")
-    with run_folder(config(tmp_path, overwrite_output_dir=True, seed=7), "unused"):
+    with begun(config(tmp_path, overwrite_output_dir=True, seed=7), "unused"):
         assert contents(tmp_path) == [
             *(".lock", "config.yaml", "data.json", "export.txt", "notes/a.md", "predictions.jsonl")
         ]
@@ -131,7 +141,7 @@ def test_a_link_to_an_export_is_removed_and_not_what_it_leads_to(tmp_path):
     finish(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "export").symlink_to(tmp_path / "a" / "export")
-    with run_folder(config(tmp_path / "b", overwrite_output_dir=True), "unused"):
+    with begun(config(tmp_path / "b", overwrite_output_dir=True), "unused"):
         pass
     assert contents(tmp_path / "a") == [".lock", "config.yaml", "export/model.safetensors", "metrics.jsonl"]
     assert contents(tmp_path / "b") == [".lock", "config.yaml"]
@@ -144,9 +154,7 @@ def test_a_run_does_not_remove_what_it_starts_from(tmp_path, monkeypatch, name):
     finish(tmp_path / "run")
     with (
         pytest.raises(FileExistsError) as caught,
-        run_folder(
-            Config(output_dir="run", overwrite_output_dir=True, **{name: str(tmp_path / "run/export")}), "unused"
-        ),
+        begun(Config(output_dir="run", overwrite_output_dir=True, **{name: str(tmp_path / "run/export")}), "unused"),
     ):
         pass
     assert (
@@ -156,24 +164,37 @@ def test_a_run_does_not_remove_what_it_starts_from(tmp_path, monkeypatch, name):
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
 
 
+def test_nothing_is_lost_before_training_begins(tmp_path):
+    """`--overwrite_output_dir --data typo.json` once removed the old export, and then reported the typo."""
+    finish(tmp_path)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with (
+        pytest.raises(FileNotFoundError),
+        run_folder(config(tmp_path, overwrite_output_dir=True, seed=7), "unused"),
+    ):
+        raise FileNotFoundError("typo.json: no such file or folder")
+    assert contents(tmp_path) == [".lock", "config.yaml", "export/model.safetensors", "metrics.jsonl"]
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
 @pytest.mark.parametrize("error", [ValueError, MemoryError, KeyboardInterrupt])
 def test_a_run_that_fails_before_its_first_step_leaves_no_trace(tmp_path, error):
     """Otherwise the same command, its data mended, would be refused."""
-    with pytest.raises(error), run_folder(config(tmp_path), "unused"):
-        (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_loss": 2.5}\n')
+    with pytest.raises(error), begun(config(tmp_path), "unused"):
+        (tmp_path / "metrics.jsonl").touch()
         raise error
     assert contents(tmp_path) == [".lock"]
     finish(tmp_path)
 
 
 def test_a_run_that_fails_later_keeps_what_it_has(tmp_path):
-    with pytest.raises(FloatingPointError), run_folder(config(tmp_path), "unused"):
+    with pytest.raises(FloatingPointError), begun(config(tmp_path), "unused"):
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
         raise FloatingPointError
     assert contents(tmp_path) == [".lock", "config.yaml", "metrics.jsonl"]
     with (
         pytest.raises(FileExistsError, match=r"holds a run \(config.yaml, metrics.jsonl\)"),
-        run_folder(config(tmp_path), "unused"),
+        begun(config(tmp_path), "unused"),
     ):
         pass
 
