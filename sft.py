@@ -118,10 +118,10 @@ def main(config: SFTConfig) -> None:
         elif config.validation_split:
             train_data, eval_data = split(train_data, config.validation_split, config.seed)
         if config.replay_data:
-            skip, cache_dir = config.skip_bad_records, config.cache_dir
-            texts = build_text_store(config.replay_data, tokenizer, skip_bad_records=skip, cache_dir=cache_dir)
-            counts = f"{texts.stats.tokens:,} tokens; {texts.stats.bad_records:,} bad records"
-            say(f"{' '.join(config.replay_data)}: {counts}")
+            texts = build_text_store(
+                config.replay_data, tokenizer, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir
+            )
+            say(f"{' '.join(config.replay_data)}: {texts.stats}")
             replay_data = Blocks(texts, max_seq_length)
         model = GPT.from_pretrained(name, revision=revision, device=device, **changes)
         say(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
