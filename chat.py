@@ -41,6 +41,7 @@ class ChatConfig(ModelArguments, PromptArguments):
         check_range(self, "at least 1", lambda x: x >= 1, "max_new_tokens")
         check_range(self, "at least 0", lambda x: x >= 0, "temperature", "top_k")
         check_range(self, "above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
+        check_range(self, "at least 0 and below 2^63", lambda x: 0 <= x < 2**63, "seed")
         if self.input and not self.prompt:
             raise ValueError("--input goes with --prompt")
 

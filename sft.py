@@ -107,6 +107,8 @@ def main(config: SFTConfig) -> None:
     if config.eval_only:
         engine = make_engine(GPT.from_pretrained(name, revision=revision, device=device), config)
         loss = evaluate(engine, read(config.data), config.per_device_eval_batch_size)
+        if not math.isfinite(loss):
+            raise ValueError(f"{name}: the loss is {loss}: the weights are broken")
         say(f"loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
         return
 
@@ -138,7 +140,12 @@ def main(config: SFTConfig) -> None:
                     module, step, tokenizer, eval_data, config.eval_samples, max_new_tokens
                 ),
                 export=lambda weights, to: export(
-                    to, model, tokenizer, template, weights, f"Instruction-tuned on {' '.join(config.data)}."
+                    to,
+                    model,
+                    tokenizer,
+                    template,
+                    weights,
+                    f"Instruction-tuned on {', '.join(Path(p).name for p in config.data)}.",
                 ),
             )
         finally:

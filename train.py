@@ -6,7 +6,8 @@
 Read on in minigpt/data/store.py (text as blocks of tokens) and minigpt/training/loop.py (the step).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from minigpt.arguments import DataArguments, ModelArguments, TrainConfig, check_range, require
 from minigpt.config import run
@@ -54,6 +55,9 @@ def main(config: PretrainConfig) -> None:
 
     # ---- tokenizer and shape
     name = config.model_name_or_path
+    if not name:  # an unknown shape is told before the tokenizer is looked for
+        start = GPTConfig.preset if config.config_name in PRESETS else GPTConfig.from_pretrained
+        model_config = start(config.config_name or "", **config.config_changes)
     tokenizer = Tokenizer.from_pretrained(
         config.tokenizer_name or name or "gpt2", None if config.tokenizer_name else config.revision
     )
@@ -62,8 +66,7 @@ def main(config: PretrainConfig) -> None:
         model_config = GPTConfig.from_pretrained(name, config.revision, **changes)
         model_config.check_vocabulary(tokenizer.vocab_size)
     else:
-        start = GPTConfig.preset if config.config_name in PRESETS else GPTConfig.from_pretrained
-        model_config = start(config.config_name or "", vocab_size=tokenizer.vocab_size, **changes)
+        model_config = replace(model_config, vocab_size=tokenizer.vocab_size, **changes)
     block_size = config.block_size or model_config.n_positions
     if block_size > model_config.n_positions:
         raise ValueError(f"--block_size {block_size} is more than the model's context of {model_config.n_positions}")
@@ -106,7 +109,7 @@ def main(config: PretrainConfig) -> None:
                     tokenizer,
                     get_template("none"),
                     weights,
-                    f"Trained on the text of {' '.join(config.data)}.",
+                    f"Trained on the text of {', '.join(Path(p).name for p in config.data)}.",
                 ),
             )
         finally:

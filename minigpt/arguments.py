@@ -3,6 +3,7 @@
 The docstring under a field is its help text; `minigpt.config` turns all of it into flags, YAML and `--help`.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -119,8 +120,10 @@ class TrainConfig:
             *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
             *("gradient_accumulation_steps", "eval_steps", "logging_steps"),
         )
-        check_range(self, "above 0", lambda x: x > 0, "learning_rate", "adam_epsilon", "max_grad_norm")
-        check_range(self, "at least 0", lambda x: x >= 0, "weight_decay", "warmup_steps", "seed")
+        check_range(self, "above 0 and finite", lambda x: 0 < x < math.inf, "learning_rate", "adam_epsilon")
+        check_range(self, "above 0", lambda x: x > 0, "max_grad_norm")
+        check_range(self, "at least 0", lambda x: x >= 0, "weight_decay", "warmup_steps")
+        check_range(self, "at least 0 and below 2^63", lambda x: 0 <= x < 2**63, "seed")
         check_range(self, "at least 0 and below 1", lambda x: 0 <= x < 1, "adam_beta1", "adam_beta2", "dropout")
         check_range(self, "between 0 and 1", lambda x: 0 <= x <= 1, "min_lr_ratio")
 

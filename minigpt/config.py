@@ -56,6 +56,7 @@ def run(main: Callable[[T], None], config_class: type[T]) -> None:
         finally:
             sys.stdout.flush()  # so that a closed pipe shows here, and not at the interpreter's end
     except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

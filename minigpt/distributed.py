@@ -17,9 +17,12 @@ def is_main() -> bool:
 
 
 def say(text: str = "") -> None:
-    """Prints a line, on rank 0 only, at once."""
+    """Prints a line, on rank 0 only, at once. A reader that went away (`| head`) does not end the work."""
     if is_main():
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def pick_device(name: str | None = None) -> str:

@@ -4,6 +4,7 @@ A model, a tokenizer, a template and a dataset all come either from a local fold
 hub. The hub side is huggingface_hub's: its cache, `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_TOKEN`, its progress bar.
 """
 
+import errno
 import json
 import socket
 from collections.abc import Iterator
@@ -84,6 +85,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return content
+
+
+@contextmanager
+def writing_to(folder: Path, flag: str) -> Iterator[None]:
+    """A full disk or a missing right names the folder, and the flag that chooses another."""
+    try:
+        yield
+    except OSError as error:
+        ours = (
+            error.filename is None
+            or Path(error.filename).is_relative_to(folder)
+            or folder.is_relative_to(error.filename)
+        )
+        if error.errno is None or error.errno == errno.EPIPE or not ours:
+            raise
+        raise OSError(f"{folder}: cannot be written to ({error.strerror}); {flag} chooses another place") from error
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from minigpt.arguments import PromptArguments, TrainConfig, require
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 0.0}, "--learning_rate must be above 0, got 0.0"),
-        ({"learning_rate": float("nan")}, "--learning_rate must be above 0, got nan"),
-        ({"adam_epsilon": 0.0}, "--adam_epsilon must be above 0, got 0.0"),
+        ({"learning_rate": 0.0}, "--learning_rate must be above 0 and finite, got 0.0"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be above 0 and finite, got nan"),
+        ({"adam_epsilon": 0.0}, "--adam_epsilon must be above 0 and finite, got 0.0"),
         ({"max_grad_norm": -1.0}, "--max_grad_norm must be above 0, got -1.0"),
         ({"weight_decay": -0.1}, "--weight_decay must be at least 0, got -0.1"),
         ({"warmup_steps": -1}, "--warmup_steps must be at least 0, got -1"),
-        ({"seed": -1}, "--seed must be at least 0, got -1"),
+        ({"seed": -1}, "--seed must be at least 0 and below 2^63, got -1"),
         ({"adam_beta1": 1.0}, "--adam_beta1 must be at least 0 and below 1, got 1.0"),
         ({"adam_beta2": -0.1}, "--adam_beta2 must be at least 0 and below 1, got -0.1"),
         ({"min_lr_ratio": 1.1}, "--min_lr_ratio must be between 0 and 1, got 1.1"),

@@ -152,7 +152,7 @@ def fails(error):
         ([], fails(KeyError("key")), 1, "error: KeyError: 'key' (--debug shows the traceback)\n"),
         ([], fails(AssertionError()), 1, "error: AssertionError: no message (--debug shows the traceback)\n"),
         ([], fails(ValueError()), 1, "error: ValueError: no message (--debug shows the traceback)\n"),
-        ([], lambda config: signal.raise_signal(signal.SIGINT), 130, ""),
+        ([], lambda config: signal.raise_signal(signal.SIGINT), 130, "\ninterrupted\n"),
         ([], lambda config: sys.exit(7), 7, ""),
     ],
 )

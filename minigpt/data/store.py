@@ -22,6 +22,7 @@ from minigpt.data.records import read_records, read_texts
 from minigpt.data.streams import find_data_files, is_raw_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import progress_bar
+from minigpt.files import writing_to
 from minigpt.version import __version__
 
 FORMAT = 1  # of the files below; a change makes new stores
@@ -148,6 +149,8 @@ def build_store(
         ValueError: a bad record, named with its file and line; or no record has anything to learn.
     """
     files = find_data_files(paths)
+    if texts := [str(path) for path in files if is_raw_text(path)]:
+        raise ValueError(f"{texts[0]}: raw text, expected conversations; train.py and --replay_data read raw text")
     key = _key(files, asdict(template), tokenizer.fingerprint, max_seq_length, train_on_prompt, skip_bad_records)
 
     def fill(writer: "_Writer") -> None:
@@ -212,7 +215,9 @@ def _open(key: str, tokenizer: Tokenizer, files: Sequence[Path], fill, cache_dir
     """The store of this key; where there is none, one is filled beside its place and moved there whole."""
     root = Path(cache_dir or os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt") / "stores"
     folder = root / key
-    if not folder.is_dir():
+    if folder.is_dir():
+        return TokenStore(folder)
+    with writing_to(root, "--cache_dir"):
         root.mkdir(parents=True, exist_ok=True)
         temporary = root / f".{key}.{uuid4().hex}"
         temporary.mkdir()

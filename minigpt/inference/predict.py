@@ -11,7 +11,7 @@ from minigpt.data.records import read_records
 from minigpt.data.store import Blocks, Subset, TokenStore
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import progress_bar, say
-from minigpt.files import whole_file
+from minigpt.files import whole_file, writing_to
 from minigpt.inference.chat import fit_prompt
 from minigpt.inference.sampling import generate
 from minigpt.model.gpt2 import GPT
@@ -134,12 +134,13 @@ def predict_file(
     predictions = predict(
         model, tokenizer, template, conversations, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    with whole_file(target) as temporary:
-        lines = [json.dumps(prediction._asdict(), ensure_ascii=False) + "\n" for prediction in predictions]
-        temporary.write_text("".join(lines), encoding="utf-8")
     scores = score(predictions)
-    with whole_file(folder / "scores.json") as temporary:
-        temporary.write_text(json.dumps(scores._asdict()) + "\n", encoding="utf-8")
+    lines = [json.dumps(prediction._asdict(), ensure_ascii=False) + "\n" for prediction in predictions]
+    contents = {target: "".join(lines), folder / "scores.json": json.dumps(scores._asdict()) + "\n"}
+    with writing_to(folder, "--output_dir"):
+        for file, content in contents.items():
+            with whole_file(file) as temporary:
+                temporary.write_text(content, encoding="utf-8")
     say(f"{target}: {scores}")
     return scores
 

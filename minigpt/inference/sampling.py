@@ -110,6 +110,8 @@ def _rounds(
     slots = min(context, longest + max_new_tokens)
     cache = KVCache(model.config, len(prompts), slots, device=device, dtype=model.wte.weight.dtype)
     logits = model(idx, positions=positions, cache=cache, last_only=True)[:, -1]  # (B,1,V) -> (B,V)
+    if logits.isnan().any():
+        raise ValueError("the model's logits are not numbers: its weights are broken")
     rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
     room = [min(max_new_tokens, context - len(p)) for p in prompts]
 

@@ -89,13 +89,17 @@ def _few(names: list[str]) -> str:
 
 def write_model(folder: str | Path, config: dict, weights: Mapping[str, Tensor]) -> None:
     """Writes config.json, generation_config.json and model.safetensors, each whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
     with whole_file(folder / WEIGHTS) as path:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path, {"format": "pt"}
-        )
+        try:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path, {"format": "pt"}
+            )
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS}: cannot be written ({error}); the disk may be full") from error
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
     generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
     for name, content in {

@@ -14,10 +14,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from minigpt.arguments import TrainConfig
 from minigpt.config import save_yaml
 from minigpt.distributed import is_main
+from minigpt.files import writing_to
 
 CONFIG, METRICS, LOSS_PICTURE, EXPORT, EXPORT_BEST = "config.yaml", "metrics.jsonl", "loss.png", "export", "export-best"
 OTHER = "give another --output_dir"
@@ -37,8 +39,7 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
     if not is_main():
         yield folder
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
+    with writing_to(folder, "--output_dir"), _lock_file(folder) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -57,6 +58,11 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
                 remove(folder / CONFIG)
                 remove(folder / METRICS)
             raise
+
+
+def _lock_file(folder: Path) -> IO[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return open(folder / ".lock", "a+", encoding="utf-8")
 
 
 def start_run(config: TrainConfig, folder: Path) -> None:

@@ -188,11 +188,26 @@ def test_the_same_bytes_cut_into_other_files_are_another_source(tmp_path, cache)
 
 def test_json_lines_under_the_name_of_a_text_are_a_text(tmp_path, cache):
     """The key was the bytes alone: a .jsonl, copied to .txt, was answered with the store of its records."""
-    lines = write(tmp_path / "data.jsonl", ROWS)
-    text = write(tmp_path / "data.txt", ROWS)
-    assert len(build(lines, cache)) == 30
-    assert len(build(text, cache)) == 1
-    assert len(build_text_store([text], TOKENIZER, cache_dir=cache)) == 1
+    rows = [{"text": "A bad king."}, {"text": "A bad queen."}]
+    stores = [
+        build_text_store([write(tmp_path / name, rows)], TOKENIZER, cache_dir=cache)
+        for name in ("data.jsonl", "data.txt")
+    ]
+    assert [len(store) for store in stores] == [2, 1]
+
+
+def test_raw_text_is_no_instruction_data(tmp_path, cache):
+    """sft.py once trained on one cut block of a .txt, and said nothing."""
+    (tmp_path / "corpus.txt").write_text("Once upon a time.")
+    with pytest.raises(ValueError, match=r"corpus.txt: raw text, expected conversations; train.py and --replay_data"):
+        build(str(tmp_path / "corpus.txt"), cache)
+
+
+def test_a_cache_that_cannot_be_written_names_its_flag(tmp_path):
+    (tmp_path / "file").touch()
+    path = write(tmp_path / "data.jsonl", ROWS)
+    with pytest.raises(OSError, match=r"file/stores: cannot be written to \(Not a directory\); --cache_dir chooses"):
+        build(path, tmp_path / "file")
 
 
 def test_another_version_builds_its_own(tmp_path, cache, monkeypatch):
@@ -257,8 +272,6 @@ def test_text_store_is_keyed_too(tmp_path, cache, builds):
     assert len(builds) == 4
     build_text_store([str(path)], TOKENIZER, skip_bad_records=1, cache_dir=cache)
     assert len(builds) == 5
-    assert build(str(path), cache).folder != store.folder
-    assert len(builds) == 6
 
 
 # ---- parts of a store

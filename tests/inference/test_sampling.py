@@ -205,3 +205,12 @@ def test_bad_arguments_are_refused(model, prompts, settings, message):
     with pytest.raises(ValueError) as caught:
         generate(model, prompts, **{"max_new_tokens": 5, **settings})
     assert str(caught.value) == message
+
+
+def test_broken_weights_are_named(model):
+    """Chat printed an empty answer, and --predict wrote 0%."""
+    broken = GPT(model.config)
+    with torch.no_grad():
+        broken.h[0].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the model's logits are not numbers: its weights are broken"):
+        generate(broken.eval(), [[1, 2]], max_new_tokens=3)

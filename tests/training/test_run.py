@@ -1,5 +1,6 @@
 """The run folder: who may write into it, what is in it, and what is left of a run that failed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -197,6 +198,24 @@ def test_a_run_that_fails_later_keeps_what_it_has(tmp_path):
         begun(config(tmp_path), "unused"),
     ):
         pass
+
+
+def test_a_folder_that_cannot_be_written_names_its_flag(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OSError, match=r"file: cannot be written to \(File exists\); --output_dir chooses another place"),
+        run_folder(config(tmp_path / "file"), "unused"),
+    ):
+        pass
+
+
+def test_a_full_disk_names_the_folder(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")  # as write() says it: without a name
+    with (
+        pytest.raises(OSError, match=r"cannot be written to \(No space left on device\); --output_dir"),
+        run_folder(config(tmp_path), "unused"),
+    ):
+        raise full
 
 
 def test_only_the_first_rank_touches_the_folder(tmp_path, monkeypatch):
