@@ -47,7 +47,7 @@ def main(config: PretrainConfig) -> None:
     from minigpt.data.store import Blocks, build_text_store
     from minigpt.data.tokenizer import Tokenizer
     from minigpt.inference.predict import show_text
-    from minigpt.model.gpt2 import GPT, PRESETS, GPTConfig
+    from minigpt.model.gpt2 import GPT, GPTConfig
     from minigpt.training.checkpoint import export
     from minigpt.training.engine import make_engine
     from minigpt.training.loop import train
@@ -56,8 +56,9 @@ def main(config: PretrainConfig) -> None:
     # ---- tokenizer and shape
     name = config.model_name_or_path
     if not name:  # an unknown shape is told before the tokenizer is looked for
-        start = GPTConfig.preset if config.config_name in PRESETS else GPTConfig.from_pretrained
-        model_config = start(config.config_name or "", **config.config_changes)
+        shape = config.config_name or ""
+        start = GPTConfig.from_pretrained if "/" in shape or Path(shape).is_dir() else GPTConfig.preset
+        model_config = start(shape, **config.config_changes)
     tokenizer = Tokenizer.from_pretrained(
         config.tokenizer_name or name or "gpt2", None if config.tokenizer_name else config.revision
     )
