@@ -70,10 +70,7 @@ def main(config: SFTConfig) -> None:
         chosen = "alpaca"  # a base model's own has no turns to teach
     template = get_template(chosen, **config.triggers)
     max_seq_length = config.max_seq_length or model_config.n_positions
-    if max_seq_length > model_config.n_positions:
-        raise ValueError(
-            f"--max_seq_length {max_seq_length} is more than the model's context of {model_config.n_positions}"
-        )
+    model_config.check_length("--max_seq_length", max_seq_length)
     max_new_tokens = min(config.max_new_tokens, model_config.n_positions // 2)
     encoding = (template, tokenizer, max_seq_length, config.train_on_prompt)
 

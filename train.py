@@ -69,8 +69,7 @@ def main(config: PretrainConfig) -> None:
     else:
         model_config = replace(model_config, vocab_size=tokenizer.vocab_size, **changes)
     block_size = config.block_size or model_config.n_positions
-    if block_size > model_config.n_positions:
-        raise ValueError(f"--block_size {block_size} is more than the model's context of {model_config.n_positions}")
+    model_config.check_length("--block_size", block_size)
 
     with run_folder(config, "runs/train") as folder:
         # ---- data: one stream of tokens, its end held out

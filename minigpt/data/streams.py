@@ -78,10 +78,7 @@ def _find_on_hub(name: str) -> Path:
     revision = unquote(match["revision"]) if match["revision"] else None
     path = fetch(match["repo"], match["file"], revision=revision, repo_type="dataset")
     if path is None:
-        raise FileNotFoundError(
-            f"{name}: the dataset {match['repo']} has no such file "
-            f"(its files: https://huggingface.co/datasets/{match['repo']}/tree/{revision or 'main'})"
-        )
+        raise FileNotFoundError(f"{name}: the dataset {match['repo']} has no such file at {revision or 'main'}")
     return path
 
 

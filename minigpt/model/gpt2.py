@@ -102,6 +102,11 @@ class GPTConfig:
                 "together (--tokenizer_name names another tokenizer)"
             )
 
+    def check_length(self, flag: str, length: int) -> None:
+        """Refuses sequences that reach beyond the context."""
+        if length > self.n_positions:
+            raise ValueError(f"{flag} {length} is more than the model's context of {self.n_positions}")
+
     def to_dict(self) -> dict:
         """The contents of a `config.json` that transformers opens."""
         return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_ctx": self.n_positions, **asdict(self)}

@@ -323,8 +323,7 @@ def test_hub_datasets_that_are_not_there(hub_server):
     write(hub_server.root / "owner" / "model" / "train.jsonl", '{"text": "a model, not a dataset"}\n')
     form = "expected hf://datasets/OWNER/NAME/FILE, or hf://datasets/OWNER/NAME@REVISION/FILE"
     answers = {
-        "hf://datasets/owner/name/no.jsonl": "the dataset owner/name has no such file "
-        "(its files: https://huggingface.co/datasets/owner/name/tree/main)",
+        "hf://datasets/owner/name/no.jsonl": "the dataset owner/name has no such file at main",
         "hf://datasets/owner/name": form,
         "hf://owner/model/train.jsonl": form,
     }
