@@ -16,6 +16,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 from uuid import uuid4
 
+# A full disk, a missing right, a file where a folder belongs.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+
 
 def find_file(name_or_folder: str | Path, filename: str, revision: str | None = None) -> Path | None:
     """The local path of `filename` in a folder or in a hub repository, or None where that has no such file.
@@ -98,7 +101,7 @@ def writing_to(folder: Path, flag: str) -> Iterator[None]:
             or Path(error.filename).is_relative_to(folder)
             or folder.is_relative_to(error.filename)
         )
-        if error.errno is None or error.errno == errno.EPIPE or not ours:
+        if error.errno not in UNWRITABLE or not ours:
             raise
         raise OSError(f"{folder}: cannot be written to ({error.strerror}); {flag} chooses another place") from error
 

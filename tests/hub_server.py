@@ -85,7 +85,7 @@ def serve_hub(root: Path, home: Path) -> Iterator[HubServer]:
                 self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
-            pass  # standard error is the test's
+            """Says nothing: standard error is the test's."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub = HubServer(root, home, f"http://127.0.0.1:{server.server_port}")

@@ -218,6 +218,15 @@ def test_a_full_disk_names_the_folder(tmp_path):
         raise full
 
 
+def test_an_error_that_is_not_of_writing_is_left_as_it_is(tmp_path):
+    """A connection that broke while weights were fetched has no file name either, and is not the folder's fault."""
+    with (
+        pytest.raises(ConnectionResetError, match="Connection reset by peer"),
+        run_folder(config(tmp_path), "unused"),
+    ):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+
 def test_only_the_first_rank_touches_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with run_folder(config(tmp_path / "run"), "unused") as folder:
