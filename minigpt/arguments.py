@@ -71,6 +71,15 @@ class TrainConfig:
     """Folder the run is written to. Unset: runs/SCRIPT."""
     overwrite_output_dir: bool = False
     """Write into an output_dir that holds a run already; that run is lost."""
+    resume: str | None = None
+    """latest: go on from the newest checkpoint in output_dir. auto: the same, or start where there is none.
+    A path: go on from that checkpoint."""
+    save_steps: int | None = None
+    """Write a checkpoint every so many steps, and after the last. Unset: only when interrupted."""
+    save_total_limit: int | None = None
+    """Keep this many checkpoints, the newest. Unset: all."""
+    plan: int | None = None
+    """Print what the run takes on this many GPUs (steps, tokens, memory, disk); then stop."""
     learning_rate: float = 5e-5
     """Peak learning rate of AdamW, reached after the warmup."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
@@ -102,7 +111,13 @@ class TrainConfig:
     dropout: float | None = None
     """Dropout everywhere in the model. Unset: as its config.json says."""
     bf16: bool = False
-    """Compute in bfloat16 (autocast); weights and optimizer stay fp32."""
+    """Compute in bfloat16; weights and optimizer stay fp32."""
+    fp16: bool = False
+    """Compute in float16 with a dynamic loss scale, through DeepSpeed; weights and optimizer stay fp32."""
+    deepspeed: str | None = None
+    """DeepSpeed JSON file, such as configs/deepspeed/zero2_bf16.json; "auto" and missing values follow the flags."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input, and compute the rest again in backward: less memory, a third more time."""
     eval_steps: int | None = None
     """Evaluate every so many steps. Unset: ten times a run."""
     per_device_eval_batch_size: int = 8
@@ -118,7 +133,7 @@ class TrainConfig:
             "at least 1",
             lambda x: x >= 1,
             *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
-            *("gradient_accumulation_steps", "eval_steps", "logging_steps"),
+            *("gradient_accumulation_steps", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "plan"),
         )
         check_range(self, "above 0 and finite", lambda x: 0 < x < math.inf, "learning_rate", "adam_epsilon")
         check_range(self, "above 0", lambda x: x > 0, "max_grad_norm")
