@@ -57,6 +57,7 @@ def main(config: SFTConfig) -> None:
     from minigpt.training.checkpoint import export
     from minigpt.training.engine import make_engine
     from minigpt.training.loop import evaluate, train
+    from minigpt.training.plan import plan
     from minigpt.training.run import run_folder
 
     # ---- what the model's folder says
@@ -122,7 +123,15 @@ def main(config: SFTConfig) -> None:
             )
             say(f"{' '.join(config.replay_data)}: {texts.stats}")
             replay_data = Blocks(texts, max_seq_length)
+        if config.plan:
+            replay = replay_data.lengths if replay_data else ()
+            of_run = plan(
+                config, model_config, train_data.lengths, replay_lengths=replay, replay_ratio=config.replay_ratio
+            )
+            say(of_run.table())
+            return
         model = GPT.from_pretrained(name, revision=revision, device=device, **changes)
+        model.gradient_checkpointing = config.gradient_checkpointing
         say(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
         engine = make_engine(model, config)
         try:

@@ -51,6 +51,7 @@ def main(config: PretrainConfig) -> None:
     from minigpt.training.checkpoint import export
     from minigpt.training.engine import make_engine
     from minigpt.training.loop import train
+    from minigpt.training.plan import plan
     from minigpt.training.run import run_folder
 
     # ---- tokenizer and shape
@@ -89,11 +90,15 @@ def main(config: PretrainConfig) -> None:
             end -= max(2, round(end * config.validation_split))
             eval_data = Blocks(store, block_size, start=end)
         train_data = Blocks(store, block_size, config.stride, stop=end)
+        if config.plan:
+            say(plan(config, model_config, train_data.lengths).table())
+            return
 
         # ---- model and training
         torch.manual_seed(config.seed)
         model = GPT.from_pretrained(name, config.revision, **changes) if name else GPT(model_config)
         model = model.to(pick_device(config.device))
+        model.gradient_checkpointing = config.gradient_checkpointing
         say(f"{name or config.config_name}: {model.num_parameters():,} parameters; {len(train_data):,} blocks")
         engine = make_engine(model, config)
         try:

@@ -128,6 +128,10 @@ class TrainConfig:
     """Fixes initialisation, dropout, the validation split and the order of the data."""
 
     def __post_init__(self) -> None:
+        if self.fp16 and self.bf16:
+            raise ValueError("--fp16 and --bf16 are two ways to compute: give one")
+        if self.resume and self.overwrite_output_dir:
+            raise ValueError("--resume goes on with a run, --overwrite_output_dir ends it: give one")
         check_range(
             self,
             "at least 1",

@@ -35,6 +35,7 @@ import docstring_parser
 import tyro
 import yaml
 
+from minigpt.distributed import OtherRankFailed, is_main, rank
 from minigpt.files import whole_file
 from minigpt.version import __version__
 
@@ -44,7 +45,8 @@ T = TypeVar("T")
 def run(main: Callable[[T], None], config_class: type[T]) -> None:
     """Parses the command line and calls `main(config)`. Errors are one line; `--debug` shows the traceback.
 
-    Exit codes: 0 done, 1 `main` failed, 2 the command line or the YAML file is wrong, 130 Ctrl-C.
+    Exit codes: 0 done, 1 `main` failed, 2 the command line or the YAML file is wrong, 75 asked to end, and saved,
+    130 Ctrl-C.
     """
     debug = "--debug" in sys.argv[1:]  # not from the configuration: it counts for errors in that as well
     exit_code = 2
@@ -64,7 +66,8 @@ def run(main: Callable[[T], None], config_class: type[T]) -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        where = "" if is_main() else f"rank {rank()}: "
+        print(f"{where}error: {_in_one_line(error)}", file=sys.stderr)
         sys.exit(exit_code)
 
 
@@ -101,7 +104,16 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None) -> T:
     values = _read_yaml(Path(_from_words("config", found["config"], str)), hints) if "config" in found else {}
     for name, words in flags.items():
         values[name] = words if isinstance(words, bool) else _from_words(name, words, hints[name])
-    return config_class(**values)
+    config = config_class(**values)
+    vars(config)["_given"] = set(values)  # no field: neither equality nor save_yaml sees it
+    return config
+
+
+def is_given(config: Any, name: str) -> bool:
+    """Whether a flag or the YAML file set this field; of a configuration built in Python, whether it is no default."""
+    if "_given" in vars(config):
+        return name in vars(config)["_given"]
+    return any(field.name == name and getattr(config, name) != _default(field) for field in dataclasses.fields(config))
 
 
 def save_yaml(config: Any, path: Path) -> None:
@@ -281,8 +293,12 @@ def _flag(kind: Any, text: str | None, metavar: str | None = None, default: str 
     return Annotated[kind, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default)]
 
 
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def _shown(field: dataclasses.Field) -> str:
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    value = _default(field)
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
@@ -294,6 +310,6 @@ def _in_one_line(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {error.strerror}"
-    if message and isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
+    if message and isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, OtherRankFailed)):
         return message
     return f"{type(error).__name__}: {message or 'no message'} (--debug shows the traceback)"

@@ -1,7 +1,13 @@
-"""Rank, world and device of this process, and output that only rank 0 writes."""
+"""Rank, world and device of this process, what the ranks do together, and output that only rank 0 writes.
+
+torchrun and deepspeed start one process for each GPU and tell it its place in the environment; plain python is a
+world of one.
+"""
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def rank() -> int:
@@ -26,26 +32,78 @@ def say(text: str = "") -> None:
 
 
 def pick_device(name: str | None = None) -> str:
-    """The device of this name; None is the best there is. Raises `ValueError` where PyTorch cannot use it."""
+    """The device of this name, and of this rank; None is the best there is.
+
+    Raises `ValueError` where PyTorch cannot use it.
+    """
     import torch
 
-    if name is not None:
-        try:
-            torch.empty(0, device=name)
-        except (AssertionError, RuntimeError) as error:  # built without CUDA; no such device
-            raise ValueError(f"--device {name}: this PyTorch has no such device here (cuda, cpu or mps)") from error
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:  # built without CUDA; no such device
+        raise ValueError(f"--device {name}: this PyTorch has no such device here (cuda, cpu or mps)") from error
+    return name
 
 
-def progress_bar(total: int | None, unit: str, description: str, unit_scale: bool = False):
+def start_process_group(device_type: str) -> None:
+    """Joins the ranks, once. Over gloo, and on GPUs over NCCL too: counters travel from CPU to CPU."""
+    import torch
+    from torch import distributed
+
+    if distributed.is_initialized():
+        return
+    if device_type == "mps" and world_size() > 1:
+        raise ValueError(f"{world_size()} processes were started, and mps is one device: use --device cpu")
+    backend = "gloo"
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    store = distributed.HashStore() if world_size() == 1 else None  # nobody to meet
+    distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+
+
+def sum_over_ranks(*values: float) -> list[float]:
+    """Each value summed over all ranks, which all call this; whole numbers stay exact."""
+    if world_size() == 1:
+        return list(values)
+    import torch
+    from torch import distributed
+
+    sums = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+class OtherRankFailed(RuntimeError):
+    """Another rank had the error that ends this one, and tells of it."""
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """What one rank fails at, all fail at: none is left waiting for it. Every rank enters and leaves the block."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    failed = int(sum_over_ranks(error is not None)[0])
+    if error is not None:
+        raise error
+    if failed:
+        raise OtherRankFailed(f"rank {rank()} stops, because {failed} of {world_size()} ranks failed")
+
+
+def progress_bar(total: int | None, unit: str, description: str, unit_scale: bool = False, initial: int = 0):
     """A tqdm bar on standard error: on rank 0, and only where that is a terminal."""
     from tqdm import tqdm
 
     return tqdm(
         total=total,
+        initial=initial,
         unit=unit,
         unit_scale=unit_scale,
         desc=description,

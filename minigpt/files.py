@@ -6,6 +6,7 @@ hub. The hub side is huggingface_hub's: its cache, `HF_HUB_OFFLINE`, `HF_ENDPOIN
 
 import errno
 import json
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,6 +105,14 @@ def writing_to(folder: Path, flag: str) -> Iterator[None]:
         if error.errno not in UNWRITABLE or not ours:
             raise
         raise OSError(f"{folder}: cannot be written to ({error.strerror}); {flag} chooses another place") from error
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

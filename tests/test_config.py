@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from minigpt.arguments import PromptArguments, TrainConfig
-from minigpt.config import convert, parse, save_yaml
+from minigpt.config import convert, is_given, parse, save_yaml
 
 
 @dataclass
@@ -18,8 +18,6 @@ class Config(TrainConfig, PromptArguments):
 
     data: list[str] = field(default_factory=list)
     """Files."""
-    fp16: bool = False
-    """Half precision."""
     layers: list[int] = field(default_factory=lambda: [1, 2])
     """A list of numbers."""
     mode: Literal["fast", "exact"] | None = None
@@ -85,7 +83,7 @@ def test_spellings(argv, changes):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--learn 3", "unknown flag --learn (did you mean --learning_rate?)"),  # no abbreviations
+        ("--learning 3", "unknown flag --learning (did you mean --learning_rate?)"),  # no abbreviations
         ("--learning-rte=3", "unknown flag --learning-rte (did you mean --learning_rate?)"),
         ("--batch_size 3", "unknown flag --batch_size (did you mean --per_device_train_batch_size or "
          "--per_device_eval_batch_size?)"),
@@ -160,7 +158,7 @@ def test_yaml_values(yaml_file, text, changes):
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("seed: 1\nlearn: 3", 2, "unknown key learn (did you mean learning_rate?)"),
+        ("seed: 1\nlearning: 3", 2, "unknown key learning (did you mean learning_rate?)"),
         ("learning-rate: 3", 1, "unknown key learning-rate (did you mean learning_rate?)"),
         ("config: other.yaml", 1, "unknown key config (see --help)"),
         ("? [a]\n: 1", 1, "unknown key [...] (see --help)"),
@@ -194,6 +192,35 @@ def test_the_worked_example_of_convert():
     assert convert("1e-4", float) == 0.0001
     assert convert("a.json", list[str]) == ["a.json"]
     assert convert(None, int | None) is None
+
+
+# ---- what the user has set
+
+
+def given(config) -> set[str]:
+    return {field.name for field in dataclasses.fields(config) if is_given(config, field.name)}
+
+
+def test_flags_and_yaml_are_given_even_where_they_state_the_default(yaml_file):
+    path = yaml_file("seed: 42\nlearning_rate: 1")
+    config = parse(Config, ["--no_fp16", "--data", "--config", str(path), "--learning_rate", "2"])
+    assert given(config) == {"fp16", "data", "seed", "learning_rate"}
+    assert given(parse(Config, [])) == set()
+    config.warmup_steps = 3  # a program's doing, not the user's
+    assert not is_given(config, "warmup_steps")
+
+
+def test_built_in_python_what_is_no_default_is_given():
+    assert given(Config(seed=42, layers=[1, 2], data=["A"], fp16=True)) == {"data", "fp16"}
+
+
+def test_nothing_but_is_given_sees_what_is_given(tmp_path):
+    config = parse(Config, ["--seed", "42"])
+    assert config == Config()
+    assert dataclasses.asdict(config) == dataclasses.asdict(Config())
+    save_yaml(config, tmp_path / "parsed.yaml")
+    save_yaml(Config(), tmp_path / "built.yaml")
+    assert (tmp_path / "parsed.yaml").read_text() == (tmp_path / "built.yaml").read_text()
 
 
 # ---- the saved configuration
@@ -277,8 +304,9 @@ def test_the_saved_file(tmp_path):
     path = tmp_path / "config.yaml"
     save_yaml(Config(data=["a b.json"], learning_rate=1e-5, trigger_human="### Größe:\n"), path)
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert lines[:7] == ["data:", "- a b.json", "fp16: false", "layers:", "- 1", "- 2", "mode: null"]
-    assert lines[7:10] == ["output_dir: null", "overwrite_output_dir: false", "learning_rate: 1.0e-05"]
+    assert lines[:6] == ["data:", "- a b.json", "layers:", "- 1", "- 2", "mode: null"]
+    assert lines[6:9] == ["output_dir: null", "overwrite_output_dir: false", "resume: null"]
+    assert "learning_rate: 1.0e-05" in lines
     assert lines[-2:] == [r'trigger_human: "### Größe:\n"', "trigger_assistant: null"]
     assert yaml.safe_load(path.read_text(encoding="utf-8")) == dataclasses.asdict(
         parse(Config, ["--config", str(path)])

@@ -1,8 +1,8 @@
 """The order of data: which examples one optimizer step sees, and how they are dealt out.
 
 A window is what one step sees. Windows depend on the seed, the epoch and the window's size alone, and dealing a
-window to micro-batches happens inside it. So however the same window is cut, the step is the same, and any epoch's
-order is there at once, without reading what came before.
+window to ranks and micro-batches happens inside it. So however the same window is cut, the step is the same, and any
+epoch's order is there at once, without reading what came before.
 """
 
 from collections.abc import Sequence
@@ -33,13 +33,21 @@ def epoch_windows(
     return [*windows, rest] if len(rest) else windows
 
 
-def deal(lengths: Sequence[int] | np.ndarray, micro_batch_size: int) -> list[np.ndarray]:
-    """Micro-batches of a window's places, neighbours in length together.
+def deal(
+    lengths: Sequence[int] | np.ndarray, micro_batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[np.ndarray]:
+    """A rank's micro-batches of a window's places, neighbours in length together.
+
+    All ranks get equally many, so that none waits for another; where nothing is left, one is empty.
 
     >>> [places.tolist() for places in deal([9, 2, 8, 3], 2)]
     [[1, 3], [2, 0]]
+    >>> [[places.tolist() for places in deal([9, 2, 8], 1, rank, 2)] for rank in (0, 1)]
+    [[[1], [0]], [[2], []]]
     """
-    return _cut(np.argsort(lengths, kind="stable"), micro_batch_size)
+    micro_batches = _cut(np.argsort(lengths, kind="stable"), micro_batch_size)
+    missing = -len(micro_batches) % world_size
+    return [*micro_batches, *[np.empty(0, np.int64)] * missing][rank::world_size]
 
 
 def replay_rows(size: int, count: int, seed: int, step: int) -> np.ndarray:

@@ -2,17 +2,21 @@
 
 It is built in one pass with bounded memory, so a corpus may be larger than RAM. Its folder is named by a hash of
 what it was built from (the files' bytes, the template, the tokenizer, the lengths), so a stale one is never read.
+Of all processes that want it, the ranks of one run or several runs, one builds it and the others wait at a lock file.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
+import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 
@@ -21,11 +25,12 @@ from minigpt.data.prompts import Template
 from minigpt.data.records import read_records, read_texts
 from minigpt.data.streams import find_data_files, is_raw_text
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.distributed import progress_bar
+from minigpt.distributed import progress_bar, say
 from minigpt.files import writing_to
 from minigpt.version import __version__
 
 FORMAT = 1  # of the files below; a change makes new stores
+PATIENCE = 5.0  # seconds to wait for another process before a word about it
 
 
 @dataclass(frozen=True)
@@ -212,26 +217,65 @@ def _key(files: Iterable[Path], *settings) -> str:
 
 
 def _open(key: str, tokenizer: Tokenizer, files: Sequence[Path], fill, cache_dir: str | Path | None) -> TokenStore:
-    """The store of this key; where there is none, one is filled beside its place and moved there whole."""
+    """The store of this key; where there is none, one process builds it and the others look again until it is there.
+
+    The builder holds a lock of the operating system, which falls with its process: where it was killed, one of those
+    that wait takes its place. No collective is open meanwhile that could time out.
+    """
     root = Path(cache_dir or os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt") / "stores"
     folder = root / key
-    if folder.is_dir():
-        return TokenStore(folder)
-    with writing_to(root, "--cache_dir"):
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = root / f".{key}.{uuid4().hex}"
-        temporary.mkdir()
-        try:
-            with _Writer(temporary, tokenizer, sum(path.stat().st_size for path in files)) as writer:
-                fill(writer)
-            try:
-                temporary.rename(folder)
-            except OSError:  # another process was faster, and built the same
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    started, told = time.monotonic(), False
+    while not folder.is_dir():
+        with writing_to(root, "--cache_dir"):
+            root.mkdir(parents=True, exist_ok=True)
+            with _try_lock(root / f".{key}.lock") as locked:
+                if locked and not folder.is_dir():  # it may have come since the look above
+                    _build(folder, tokenizer, files, fill)
+        if not locked:
+            waited = time.monotonic() - started
+            if waited > PATIENCE and not told:
+                say(f"Waiting for another process, which is tokenizing the same data into {folder}")
+                told = True
+            time.sleep(min(1.0, 0.05 + waited))  # soon at first: a small corpus takes no second
     return TokenStore(folder)
+
+
+@contextmanager
+def _try_lock(path: Path) -> Iterator[bool]:
+    """Holds a lock file, and removes it at the end; False where another process holds it."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            locked = False
+        try:
+            yield locked  # a file that its last holder removed, after it was opened here, locks nothing: False too
+        finally:
+            if locked:
+                path.unlink(missing_ok=True)
+
+
+def _build(folder: Path, tokenizer: Tokenizer, files: Sequence[Path], fill) -> None:
+    """Fills a store beside its place and moves it there whole. Its lock is held."""
+    # by machine: where a network file system keeps locks to each machine, two may build the same at once
+    ending = f".{platform.node()}.building"
+    temporary = folder.with_name(f".{folder.name}{ending}")
+    for left in folder.parent.glob(f".*{ending}"):  # by builders that were killed
+        with _try_lock(left.with_name(left.name.removesuffix(ending) + ".lock")) as dead:
+            if dead or left == temporary:
+                shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with _Writer(temporary, tokenizer, sum(path.stat().st_size for path in files)) as writer:
+            fill(writer)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another machine was faster, and built the same
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Writer:

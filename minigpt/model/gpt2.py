@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minigpt.model import hub
 from minigpt.model.cache import KVCache
@@ -168,6 +169,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -226,12 +228,27 @@ class GPT(nn.Module):
             cache.extend(positions)
             mask = None if prefill or (T == 1 and positions.dim() == 1) else cache.mask(positions)
         x = self.drop(self.wte(idx) + self.wpe(positions.clamp(min=0)))  # (B,T) -> (B,T,C)
+        recompute = self.gradient_checkpointing and self.training and cache is None
         for block in self.h:
-            x = block(x, positions, cache, mask)
+            if recompute:  # with early stop, the default: without it ZeRO-3 releases weights that backward is reading
+                x = checkpoint(block, x, positions, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, positions, cache, mask)
         x = self.ln_f(x)
         if targets is not None:
             return linear_cross_entropy(x, self.wte.weight, targets)
         return F.linear(x[:, -1:] if last_only else x, self.wte.weight)  # (B,T,C) -> (B,T,V)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """From now on, training keeps only each block's input and computes the rest again in backward.
+
+        Chen et al. 2016 (arXiv:1604.06174). Loss and gradients stay the same, bit for bit, dropout included.
+        """
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """From now on, training keeps what backward needs."""
+        self.gradient_checkpointing = False
 
     def num_parameters(self) -> int:
         """The tied head counts once."""
@@ -265,14 +282,10 @@ class GPT(nn.Module):
         config = GPTConfig.from_pretrained(name_or_folder, revision, **changes)
         with torch.device("meta"), hub.SkipInit():  # no memory, no initialisation
             model = cls(config)
-        weights = {}
-        for name, tensor in hub.read_weights(name_or_folder, revision).items():
-            name = name.removeprefix("transformer.")
-            if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # the tied head once more; the causal mask, which old versions saved
-            if name.endswith(tuple(f"{layer}.weight" for layer in CONV1D)):
-                tensor = tensor.t()
-            weights[name] = tensor.to(device=device, dtype=dtype or torch.float32)
+        weights = {
+            name: tensor.to(device=device, dtype=dtype or torch.float32)
+            for name, tensor in read_state_dict(name_or_folder, revision).items()
+        }
         hub.check_tensors(model.state_dict(), weights, name_or_folder)
         model.load_state_dict(weights, assign=True)
         return model.eval()
@@ -290,3 +303,14 @@ class GPT(nn.Module):
                 tensor = tensor.t()
             weights[f"transformer.{name}"] = tensor
         hub.write_model(folder, self.config.to_dict(), weights)
+
+
+def read_state_dict(name_or_folder: str | Path, revision: str | None = None) -> dict[str, Tensor]:
+    """A checkpoint's weights by the module's own names and in its layout, memory-mapped."""
+    weights = {}
+    for name, tensor in hub.read_weights(name_or_folder, revision).items():
+        name = name.removeprefix("transformer.")
+        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # the tied head once more; the causal mask, which old versions saved
+        weights[name] = tensor.t() if name.endswith(tuple(f"{layer}.weight" for layer in CONV1D)) else tensor
+    return weights

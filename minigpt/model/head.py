@@ -50,7 +50,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor):  # type: ignore[override]
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * scale.to(d_hidden.dtype), d_weight * scale.to(d_weight.dtype), None
+        # In fp32, because a loss scale of 65536 is infinite in fp16.
+        return (d_hidden * scale[None]).to(d_hidden.dtype), (d_weight * scale[None]).to(d_hidden.dtype), None
 
 
 def _loss_and_gradients(
@@ -77,4 +78,4 @@ def _loss_and_gradients(
                 d_weight.addmm_(d_logits.t(), chunk)  # (V,n) @ (n,C) -> (V,C)
             else:  # summed in fp32: in half precision the error would grow with every chunk
                 d_weight += d_logits.t() @ chunk
-    return nll_sum, d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype)
+    return nll_sum, d_hidden, d_weight

@@ -1,14 +1,194 @@
-"""What a run leaves behind: a folder that minigpt and the rest of the ecosystem open."""
+"""What a run leaves behind: checkpoints to go on from, and a folder that the rest of the ecosystem opens.
 
+    checkpoints/step-40/
+      model.safetensors, optimizer.safetensors, ...   the engine's state (minigpt/training/state.py)
+      rng-0.safetensors, rng-1.safetensors, ...       each rank's random numbers
+      trainer.json                                    the loop's counters: where in the data it is
+      manifest.json                                   every file with its sha256
+
+A checkpoint is complete or absent: it is written into step-40.tmp, brought to the disk, and renamed at the end. What
+has a manifest was committed; what ends in .tmp never was, and is removed by the next save.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from minigpt.data.prompts import Template
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.files import whole_file
+from minigpt.distributed import OtherRankFailed, all_or_none, is_main, rank, world_size
+from minigpt.files import read_json, remove, whole_file
 from minigpt.model.gpt2 import GPT
+from minigpt.training.engine import Engine
 from minigpt.version import __version__
+
+CHECKPOINTS, MANIFEST, TRAINER = "checkpoints", "manifest.json", "trainer.json"
+UNFINISHED = ".tmp"
+SPARE_BYTES = 2**20  # for the small files
+
+
+def save_checkpoint(run: Path, step: int, engine: Engine, progress: dict[str, Any], keep: int | None = None) -> Path:
+    """Writes `run/checkpoints/step-N`, then removes all but the newest `keep`. Every rank calls.
+
+    Args:
+        progress: what `load_checkpoint` shall give back, as JSON.
+
+    Raises:
+        OSError: it cannot be written; the checkpoints before it stand, and the message names the bytes it needs.
+    """
+    folder = run / CHECKPOINTS / f"step-{step}"
+    temporary = folder.with_name(folder.name + UNFINISHED)
+    try:
+        with all_or_none():
+            if is_main():
+                for leftover in folder.parent.glob(f"*{UNFINISHED}"):
+                    remove(leftover)
+                temporary.mkdir(parents=True)
+                if shutil.disk_usage(temporary).free < engine.checkpoint_bytes + SPARE_BYTES:
+                    raise OSError("too little space")
+        engine.save(temporary)
+        with all_or_none():
+            _save_random_state(temporary / f"rng-{rank()}.safetensors")
+        with all_or_none():
+            if is_main():
+                (temporary / TRAINER).write_text(json.dumps({**progress, "world_size": world_size()}, indent=2) + "\n")
+                _commit(temporary, folder, step)
+    except OtherRankFailed:
+        raise
+    except Exception as error:
+        remove(temporary)
+        raise OSError(
+            f"{folder}: cannot be written ({error}); it needs {engine.checkpoint_bytes + SPARE_BYTES:,} bytes, and "
+            f"{shutil.disk_usage(run).free:,} are free; earlier checkpoints stand (--save_total_limit keeps fewer)"
+        ) from error
+    if is_main() and keep:
+        for old in checkpoints(run)[:-keep]:
+            unfinished = old.with_name(old.name + UNFINISHED)  # so that half of one is never taken for a whole one
+            old.rename(unfinished)
+            remove(unfinished)
+    return folder
+
+
+def load_checkpoint(folder: Path, engine: Engine, seed: int) -> dict[str, Any]:
+    """Gives engine and random numbers their state back, once the files' sums agree. Every rank calls.
+
+    On another number of ranks the random numbers (dropout) start anew from the seed and the step.
+
+    Returns:
+        The `progress` that was saved.
+    """
+    with all_or_none():
+        if is_main():
+            _verify(folder)
+    progress = read_json(folder / TRAINER)
+    engine.load(folder)
+    if progress["world_size"] == world_size():
+        _load_random_state(folder / f"rng-{rank()}.safetensors")
+    else:
+        torch.manual_seed((seed + rank() + progress["step"] * world_size()) % 2**63)
+    return progress
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first."""
+    found = {}
+    for path in (run / CHECKPOINTS).glob("step-*"):
+        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / MANIFEST).exists():
+            found[int(match[1])] = path
+    return [found[step] for step in sorted(found)]
+
+
+def find_checkpoint(run: Path, resume: str | None) -> Path | None:
+    """What `--resume PATH|latest|auto` means for the run in this folder; None where it starts from nothing.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint. Only "auto" may start anew.
+        FileExistsError: the run went on from there already.
+    """
+    found = checkpoints(run)
+    if resume is None:
+        return None
+    if resume in ("latest", "auto"):
+        if not found and resume == "latest":
+            raise FileNotFoundError(f"{run / CHECKPOINTS}: no checkpoint (--resume auto starts anew then)")
+        return found[-1] if found else None
+    path = Path(resume)
+    if not (path / MANIFEST).exists():
+        known = f"; there are {', '.join(str(p) for p in found)}" if found else ""
+        raise FileNotFoundError(f"{path}: no checkpoint, which has a {MANIFEST}{known} (--resume PATH|latest|auto)")
+    if path.resolve() in [p.resolve() for p in found[:-1]]:
+        raise FileExistsError(f"{path}: the run went on to {found[-1].name}; branch off with another --output_dir")
+    return path
+
+
+def _commit(temporary: Path, folder: Path, step: int) -> None:
+    """Manifest, disk, rename: from here on it is a checkpoint."""
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        sums = dict(zip(files, pool.map(_sha256, files), strict=True))
+    names = {
+        path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sums[path]} for path in files
+    }
+    manifest = {"minigpt": __version__, "step": step, "files": names}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in [*temporary.rglob("*"), temporary]:
+        _to_disk(path)
+    remove(folder)  # of the same step: this run was there before
+    temporary.rename(folder)
+    _to_disk(folder.parent)
+
+
+def _verify(folder: Path) -> None:
+    """Raises `ValueError` for the first file that is not what was written."""
+    files = read_json(folder / MANIFEST)["files"]
+    with ThreadPoolExecutor() as pool:
+        for name, found in zip(files, pool.map(lambda name: _sha256(folder / name), files), strict=True):
+            if found != files[name]["sha256"]:
+                what = "is missing" if found is None else "is not what was written (its sha256 differs)"
+                raise ValueError(f"{folder / name}: {what}; remove {folder}, and --resume takes the one before")
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _save_random_state(path: Path) -> None:
+    from safetensors.torch import save_file
+
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, path)
+
+
+def _load_random_state(path: Path) -> None:
+    from safetensors.torch import load_file
+
+    states = load_file(path)
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def export(

@@ -4,10 +4,11 @@ It reads examples, not formats, and drives an engine, not a device. What a step 
 bottom: data, forward and backward, optimizer, metrics, evaluation.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.arguments import TrainConfig
-from minigpt.data.collate import collate
+from minigpt.data.collate import Batch, collate
 from minigpt.data.dataset import Example
 from minigpt.data.order import deal, epoch_windows, replay_rows
-from minigpt.distributed import is_main
-from minigpt.training.engine import TorchEngine
-from minigpt.training.metrics import Metrics
+from minigpt.distributed import all_or_none, is_main, rank, say, sum_over_ranks, world_size
+from minigpt.files import read_json, remove
+from minigpt.training.checkpoint import TRAINER, find_checkpoint, load_checkpoint, save_checkpoint
+from minigpt.training.engine import Engine
+from minigpt.training.metrics import Metrics, losses_of
 from minigpt.training.optim import learning_rate
-from minigpt.training.run import EXPORT, EXPORT_BEST, LOSS_PICTURE, remove, start_run
+from minigpt.training.preemption import Preempted, Preemption
+from minigpt.training.run import EXPORT, EXPORT_BEST, LOSS_PICTURE, METRICS, leave, start_run
 
 PAD = 0  # any id of the vocabulary: padding stands behind all that counts, and its targets are ignored
+FILLER = Batch(torch.tensor([[PAD]]), torch.tensor([[-100]]))  # where a rank has nothing left: it weighs nothing
+MAX_SKIPPED_IN_A_ROW = 25  # from a loss scale of 65536 down to 1 it is 16, with DeepSpeed's patience some more
 
 
 @dataclass
@@ -45,11 +51,14 @@ class TrainResult:
     """At the last step."""
     best_val_loss: float | None = None
     best_step: int | None = None
+    skipped_steps: int = 0
+    """Steps of fp16 that were not applied, because their gradients overflowed."""
 
     def table(self, folder: Path) -> str:
         """The run as a small table, with where its results lie."""
+        skipped = f", {self.skipped_steps:,} of them skipped" if self.skipped_steps else ""
         rows = [
-            ("steps", f"{self.steps:,} ({self.epochs:.2f} epochs)"),
+            ("steps", f"{self.steps:,} ({self.epochs:.2f} epochs){skipped}"),
             ("data seen", f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"),
             ("training loss", f"{self.train_loss:.4f} (perplexity {_perplexity(self.train_loss)})"),
         ]
@@ -72,7 +81,7 @@ class TrainResult:
 
 def train(
     config: TrainConfig,
-    engine: TorchEngine,
+    engine: Engine,
     train_data: Sequence[Example],
     eval_data: Sequence[Example] | None = None,
     on_eval: Callable[[Any, int], None] | None = None,
@@ -95,10 +104,11 @@ def train(
 
     Raises:
         ValueError: there is nothing to train on.
-        FileExistsError: `output_dir` holds a run, and `overwrite_output_dir` is not set.
+        FileExistsError: `output_dir` holds a run, and neither `resume` nor `overwrite_output_dir` is set.
+        Preempted: SIGTERM or Ctrl-C came, and a checkpoint was written; leaves with exit code 75 if nobody catches it.
         FloatingPointError: the loss or the gradient is no longer a number.
     """
-    window_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    window_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
     lengths = _lengths(train_data)
     if len(lengths) == 0:
         raise ValueError("the training data is empty: give more of it, or hold out less (--validation_split)")
@@ -108,15 +118,32 @@ def train(
     total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
     eval_steps = config.eval_steps or max(1, math.ceil(total_steps / 10))
     replayed = max(1, round(window_size * replay_ratio)) if replay_data is not None and replay_ratio > 0 else 0
+    replay_lengths = _lengths(replay_data) if replay_data is not None and replayed else np.empty(0, np.int64)
+    order = {
+        "window_size": window_size,
+        "replayed": replayed,
+        "seed": config.seed,
+        "group_by_length": config.group_by_length,
+        "data": hashlib.sha256(np.concatenate([lengths, replay_lengths]).astype(np.int64).tobytes()).hexdigest(),
+    }
 
-    torch.manual_seed(config.seed)  # dropout
+    torch.manual_seed((config.seed + rank()) % 2**63)  # dropout
     output_dir = Path(config.output_dir) if config.output_dir else None
-    if output_dir is not None and is_main():
-        start_run(config, output_dir)
+    checkpoint = find_checkpoint(output_dir, config.resume) if output_dir is not None else None
     result = TrainResult(0, 0.0, 0, 0, math.nan, 0.0)
     losses: list[float] = []
-    applied_steps = 0
-    started = time.perf_counter()
+    applied_steps = skipped_in_a_row = 0
+    if checkpoint is not None:
+        _check_order(checkpoint, order)
+        progress = load_checkpoint(checkpoint, engine, config.seed)
+        applied_steps, skipped_in_a_row = progress["applied_steps"], progress["skipped_in_a_row"]
+        result = TrainResult(**progress["result"])
+        say(f"{checkpoint}: going on after step {result.steps:,} of {total_steps:,}")
+    first_step = result.steps
+    if output_dir is not None and is_main():
+        start_run(config, output_dir, checkpoint, progress["metrics_bytes"] if checkpoint is not None else 0)
+        losses = losses_of(output_dir / METRICS)
+    started = time.perf_counter() - result.seconds
 
     def show_samples(step: int) -> None:
         if on_eval is not None:
@@ -124,52 +151,67 @@ def train(
             on_eval(engine.module, step)
             engine.module.train()
 
-    with Metrics(output_dir, total_steps, config.logging_steps) as metrics:
+    def export_to(folder: Path) -> None:
+        weights = engine.full_state_dict()
+        with all_or_none():
+            if export is not None and is_main():
+                export(weights, folder)
+
+    with (
+        Preemption() as preemption,
+        Metrics(output_dir, total_steps, config.logging_steps, first_step) as metrics,
+    ):
         engine.module.train()
-        if eval_data:
+        if eval_data and first_step == 0:
             result.val_loss_before = evaluate(engine, eval_data, config.per_device_eval_batch_size)
             metrics.evaluated(result.val_loss_before)
             show_samples(0)
 
-        for step in range(1, total_steps + 1):
+        for step in range(first_step + 1, total_steps + 1):
             step_started = time.perf_counter()
 
-            # ---- data: one window of examples, cut into micro-batches of similar length
+            # ---- data: one window of examples, cut into micro-batches of similar length, and of them this rank's
             epoch, place = divmod(step - 1, steps_per_epoch)
-            if place == 0:
+            if place == 0 or step == first_step + 1:
                 windows = epoch_windows(lengths, window_size, config.seed, epoch, config.group_by_length)
-            examples = [train_data[int(index)] for index in windows[place]]
+            rows = [(train_data, lengths, int(i)) for i in windows[place]]
             if replay_data is not None and replayed:
-                examples += [
-                    replay_data[int(i)] for i in replay_rows(len(replay_data), replayed, config.seed, step - 1)
-                ]
+                replay = replay_rows(len(replay_data), replayed, config.seed, step - 1)
+                rows += [(replay_data, replay_lengths, int(i)) for i in replay]
+            row_lengths = [int(lengths_of[i]) for _, lengths_of, i in rows]
             batches = [
-                collate([examples[index] for index in micro_batch], PAD)
-                for micro_batch in deal([len(e) for e in examples], config.per_device_train_batch_size)
+                collate([data[i] for data, _, i in (rows[place] for place in micro_batch)], PAD)
+                if len(micro_batch)
+                else FILLER
+                for micro_batch in deal(row_lengths, config.per_device_train_batch_size, rank(), world_size())
             ]
-            n_tokens = sum(int((batch.targets != -100).sum()) for batch in batches)
+            n_tokens = int(sum_over_ranks(sum(int((batch.targets != -100).sum()) for batch in batches))[0])
 
             # ---- forward and backward: the mean over all of the window's supervised tokens, not a mean of means
             window_nll: Tensor | float = 0.0
             for batch in batches:
                 nll_sum, _ = engine(batch)
-                engine.backward(nll_sum / max(1, n_tokens), last=batch is batches[-1])
+                engine.backward(nll_sum / max(1, n_tokens) * world_size(), last=batch is batches[-1])
                 window_nll = window_nll + nll_sum.detach()
 
             # ---- optimizer
             lr = learning_rate(applied_steps, total_steps, config)
-            loss = float(window_nll) / max(1, n_tokens)
+            loss = sum_over_ranks(float(window_nll))[0] / max(1, n_tokens)
             if not math.isfinite(loss):
                 raise FloatingPointError(_why_not_finite(engine.module, step, f"the loss is {loss}", lr, losses))
             info = engine.step(lr)
             applied_steps += not info.skipped
-            if info.skipped and info.loss_scale == 1.0:  # nothing was scaled, so a smaller scale will not help
+            skipped_in_a_row = skipped_in_a_row + 1 if info.skipped else 0
+            if info.skipped and (info.loss_scale == 1.0 or skipped_in_a_row == MAX_SKIPPED_IN_A_ROW):
                 reason = f"the gradient norm is {info.grad_norm}"
+                if info.loss_scale != 1.0:
+                    reason += f", {skipped_in_a_row} times in a row, at loss scale {info.loss_scale:g}"
                 raise FloatingPointError(_why_not_finite(engine.module, step, reason, lr, losses))
 
             # ---- metrics and evaluation
             losses.append(loss)
-            tokens = sum(len(example) - 1 for example in examples)
+            tokens = sum(row_lengths) - len(row_lengths)
+            result.steps, result.epochs = step, step / steps_per_epoch
             result.tokens += tokens
             result.supervised_tokens += n_tokens
             line: dict[str, Any] = {
@@ -181,6 +223,9 @@ def train(
                 "tokens": result.tokens,
                 "tokens_per_s": round(tokens / (time.perf_counter() - step_started), 1),
             }
+            if info.loss_scale != 1.0:
+                line |= {"loss_scale": info.loss_scale, "skipped": info.skipped}
+                result.skipped_steps += info.skipped
             if step == 1 and result.val_loss_before is not None:
                 line["val_loss_before"] = result.val_loss_before
             if eval_data and (step % eval_steps == 0 or step == total_steps):
@@ -195,33 +240,69 @@ def train(
                 if result.best_val_loss is None or line["val_loss"] < result.best_val_loss:
                     result.best_val_loss, result.best_step = line["val_loss"], step
                     if export is not None and output_dir is not None and step < total_steps:
-                        export(engine.full_state_dict(), output_dir / EXPORT_BEST)
+                        export_to(output_dir / EXPORT_BEST)
 
-    result.steps, result.epochs = total_steps, total_steps / steps_per_epoch
-    result.train_loss = float(np.mean(losses[-math.ceil(total_steps / 10) :]))
-    result.seconds = time.perf_counter() - started
+            # ---- checkpoint
+            result.seconds = time.perf_counter() - started
+            preempted = output_dir is not None and step < total_steps and preemption.requested()
+            due = config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
+            if output_dir is not None and (due or preempted):
+                progress = {
+                    "step": step,
+                    "applied_steps": applied_steps,
+                    "skipped_in_a_row": skipped_in_a_row,
+                    "metrics_bytes": metrics.bytes_on_disk(),
+                    "order": order,
+                    "result": asdict(result),
+                }
+                saved = save_checkpoint(output_dir, step, engine, progress, config.save_total_limit)
+                if preempted:
+                    leave(output_dir, saved, preemption.heard)
+                    raise Preempted(step)
+
+    result.train_loss = float(np.mean(losses[-math.ceil(total_steps / 10) :])) if losses else math.nan
     if export is not None and output_dir is not None:
-        export(engine.full_state_dict(), output_dir / EXPORT)
-        if result.best_step == total_steps:  # the last is the best: one folder will do
+        export_to(output_dir / EXPORT)
+        if result.best_step == total_steps and is_main():  # the last is the best: one folder will do
             remove(output_dir / EXPORT_BEST)
     return result
 
 
 @torch.no_grad()
-def evaluate(engine: TorchEngine, data: Sequence[Example], batch_size: int) -> float:
-    """The mean loss over all supervised tokens of `data`, in nats. Leaves the module in train mode."""
+def evaluate(engine: Engine, data: Sequence[Example], batch_size: int) -> float:
+    """The mean loss over all supervised tokens of `data`, in nats. Leaves the module in train mode.
+
+    Every rank calls it, and reads its own part.
+    """
     engine.module.eval()
-    nll, n_tokens = 0.0, 0
-    for rows in deal(_lengths(data), batch_size):
-        nll_sum, n = engine(collate([data[int(row)] for row in rows], PAD))
+    nll, n_tokens = 0.0, 0.0
+    for rows in deal(_lengths(data), batch_size, rank(), world_size()):
+        nll_sum, n = engine(collate([data[int(row)] for row in rows], PAD) if len(rows) else FILLER)
         nll, n_tokens = nll + nll_sum.item(), n_tokens + int(n)
     engine.module.train()
+    nll, n_tokens = sum_over_ranks(nll, n_tokens)
     return nll / max(1, n_tokens)
 
 
 def _lengths(data: Sequence[Example]) -> np.ndarray:
     """Ids of each example; a store knows them without reading the examples."""
     return np.asarray(data.lengths if hasattr(data, "lengths") else [len(data[i]) for i in range(len(data))])
+
+
+def _check_order(checkpoint: Path, order: dict[str, Any]) -> None:
+    """Refuses to go on in another order of data: what was read, and what is still to come, would no longer be known."""
+    before = read_json(checkpoint / TRAINER)["order"]
+    flags = {
+        "window_size": "per_device_train_batch_size x gradient_accumulation_steps x ranks",
+        "replayed": "--replay_data or --replay_ratio",
+        "seed": "--seed",
+        "group_by_length": "--group_by_length",
+        "data": "the data, or how it is cut (--data, --validation_split, --max_seq_length, --block_size, ...)",
+    }
+    for name, what in flags.items():
+        if before[name] != order[name]:
+            values = "" if name == "data" else f": {before[name]} then, {order[name]} now"
+            raise ValueError(f"{checkpoint}: cannot go on from it, because {what} changed{values}")
 
 
 def _why_not_finite(model: nn.Module, step: int, reason: str, lr: float, losses: list[float]) -> str:

@@ -1,6 +1,7 @@
 """What a run tells: a line or a bar while it runs, `metrics.jsonl` for every step, `loss.png` of the whole."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -10,18 +11,22 @@ from minigpt.training.run import LOSS_PICTURE, METRICS
 
 
 class Metrics:
-    """Writes each step's numbers on rank 0, into `folder` if there is one. A context manager: the end draws."""
+    """Writes each step's numbers on rank 0, into `folder` if there is one. A context manager: the end draws.
 
-    def __init__(self, folder: Path | None, total_steps: int, logging_steps: int):
+    A run that goes on after `first_step` steps appends to what it wrote before.
+    """
+
+    def __init__(self, folder: Path | None, total_steps: int, logging_steps: int, first_step: int = 0):
         self.total_steps = total_steps
         self.logging_steps = logging_steps
+        self.first_step = first_step
         self.folder = folder if is_main() else None
         self.file: IO[str] | None = None
 
     def __enter__(self) -> "Metrics":
         if self.folder is not None:
-            self.file = open(self.folder / METRICS, "w", encoding="utf-8")
-        self.bar = progress_bar(self.total_steps, "step", "training")
+            self.file = open(self.folder / METRICS, "a", encoding="utf-8")
+        self.bar = progress_bar(self.total_steps, "step", "training", initial=self.first_step)
         self.started = time.perf_counter()
         return self
 
@@ -41,21 +46,37 @@ class Metrics:
         self.bar.set_postfix_str(f"{text}  {line['tokens_per_s']:,.0f} tok/s", refresh=False)
         self.bar.update(step - self.bar.n)
         evaluated = f"  val_loss {line['val_loss']:.4f}" if "val_loss" in line else ""
-        left = (time.perf_counter() - self.started) / step * (self.total_steps - step)
-        if evaluated or (self.bar.disable and (step % self.logging_steps == 0 or step == 1)):
+        left = (time.perf_counter() - self.started) / (step - self.first_step) * (self.total_steps - step)
+        if evaluated or (self.bar.disable and (step % self.logging_steps == 0 or step == self.first_step + 1)):
             self.bar.clear()
+            scale = f"  scale {line['loss_scale']:g}" if "loss_scale" in line else ""
+            skipped = "  skipped" if line.get("skipped") else ""
             say(
-                f"step {step:,}/{self.total_steps:,}  {text}{evaluated}  "
+                f"step {step:,}/{self.total_steps:,}  {text}{scale}{skipped}{evaluated}  "
                 f"{line['tokens_per_s']:,.0f} tok/s  {_clock(left)} left"
             )
         if evaluated and self.folder is not None:
             draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
+
+    def bytes_on_disk(self) -> int:
+        """Length of metrics.jsonl, which a checkpoint records."""
+        if self.file is None:
+            return 0
+        os.fsync(self.file.fileno())
+        return self.file.tell()
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
         if self.file is not None and self.folder is not None:
             self.file.close()
             draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
+
+
+def losses_of(metrics: Path) -> list[float]:
+    """The loss of every step so far."""
+    if not metrics.exists():
+        return []
+    return [json.loads(line)["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def draw_losses(metrics: Path, picture: Path) -> bool:

@@ -1,6 +1,7 @@
 """AdamW as GPT-2 is trained: decay on matrices only, warmup and decay of the learning rate."""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -8,19 +9,34 @@ from torch import nn
 from minigpt.arguments import TrainConfig
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Loshchilov & Hutter 2019 (arXiv:1711.05101). Weight decay on matrices; biases and LayerNorms go without."""
+class StepInfo(NamedTuple):
+    """What one optimizer step came to."""
+
+    grad_norm: float
+    """L2 norm of all gradients before clipping."""
+    skipped: bool = False
+    """The step was not applied, because its gradients were not finite."""
+    loss_scale: float = 1.0
+    """What the loss was multiplied by, so that half-precision gradients do not vanish; 1 where nothing was."""
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Weight decay on matrices; biases and LayerNorms go without."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Loshchilov & Hutter 2019 (arXiv:1711.05101)."""
     return torch.optim.AdamW(
-        groups,
+        parameter_groups(model, config),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
-        fused=all(p.device.type in ("cpu", "cuda", "mps") for p in parameters),
+        fused=all(p.device.type in ("cpu", "cuda", "mps") for p in model.parameters()),
     )
 
 

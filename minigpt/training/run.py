@@ -3,25 +3,31 @@
 config.yaml    the resolved configuration; `--config` on it repeats the run
 metrics.jsonl  one JSON object per optimizer step
 loss.png       drawn from it
+checkpoints/   what --resume goes on from
+preempted.json of a run that was asked to end, and was saved
 export/        the last step's weights and everything that goes with them
 export-best/   the lowest validation loss, where it is not the last
 .lock          held by the operating system while the run lives; a killed run leaves nothing to clean
 """
 
 import fcntl
+import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from minigpt.arguments import TrainConfig
 from minigpt.config import save_yaml
-from minigpt.distributed import is_main
-from minigpt.files import writing_to
+from minigpt.distributed import is_main, say
+from minigpt.files import remove, whole_file, writing_to
+from minigpt.training.checkpoint import CHECKPOINTS, find_checkpoint
+from minigpt.training.preemption import EXIT_CODE
 
 CONFIG, METRICS, LOSS_PICTURE, EXPORT, EXPORT_BEST = "config.yaml", "metrics.jsonl", "loss.png", "export", "export-best"
+PREEMPTED = "preempted.json"
 OTHER = "give another --output_dir"
 
 
@@ -36,7 +42,7 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
     """
     config.output_dir = config.output_dir or default
     folder = Path(config.output_dir)
-    if not is_main():
+    if not is_main() or config.plan:
         yield folder
         return
     with writing_to(folder, "--output_dir"), _lock_file(folder) as lock:
@@ -50,7 +56,8 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        _held(folder, config)  # refused now, and not after the data was read
+        if find_checkpoint(folder, config.resume) is None:  # refused now, and not after the data was read
+            _held(folder, config)
         try:
             yield folder
         except BaseException:
@@ -65,23 +72,49 @@ def _lock_file(folder: Path) -> IO[str]:
     return open(folder / ".lock", "a+", encoding="utf-8")
 
 
-def start_run(config: TrainConfig, folder: Path) -> None:
-    """Writes config.yaml, where an earlier run's files lay.
+def start_run(config: TrainConfig, folder: Path, resumed_from: Path | None = None, metrics_bytes: int = 0) -> None:
+    """Writes config.yaml, where an earlier run's files lay; or, in a run that goes on, cuts what it had written past
+    its checkpoint.
+
+    Args:
+        resumed_from: a checkpoint, of this folder's run or of another one, whose metrics are then copied.
+        metrics_bytes: length of metrics.jsonl when the checkpoint was written.
 
     Raises:
         FileExistsError: the folder holds a run, and `overwrite_output_dir` is not set, or this run reads from that one.
     """
-    held = _held(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*held, LOSS_PICTURE):
+    if resumed_from is None:
+        for name in _held(folder, config):
+            remove(folder / name)
+    else:
+        history = resumed_from.parent.parent / METRICS
+        lines = history.read_bytes()[:metrics_bytes] if history.exists() else b""
+        with whole_file(folder / METRICS) as path:
+            path.write_bytes(lines)
+    for name in (LOSS_PICTURE, PREEMPTED):
         remove(folder / name)
-    save_yaml(config, folder / CONFIG)
+    # How this start came about is not the run's.
+    save_yaml(replace(config, resume=None, overwrite_output_dir=False), folder / CONFIG)
+
+
+def leave(folder: Path, checkpoint: Path, signal: str | None) -> None:
+    """Tells whoever looks at the folder, because torchrun turns every exit code into 1."""
+    say(f"{checkpoint}: saved; --resume auto goes on from it")
+    if is_main():
+        content = {"checkpoint": str(checkpoint), "signal": signal or "on another rank", "exit_code": EXIT_CODE}
+        with whole_file(folder / PREEMPTED) as path:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _held(folder: Path, config: TrainConfig) -> list[str]:
-    held = [name for name in (CONFIG, METRICS, EXPORT, EXPORT_BEST) if (folder / name).exists()]
-    if held and not config.overwrite_output_dir:
-        raise FileExistsError(f"{folder}: holds a run ({', '.join(held)}); {OTHER}, or --overwrite_output_dir")
+    """What a run that starts anew would replace."""
+    names = (CONFIG, METRICS, CHECKPOINTS, EXPORT, EXPORT_BEST)
+    held = [name for name in names if (folder / name).exists()]
+    killed_early = config.resume == "auto" and EXPORT not in held  # before its first checkpoint, or it would go on
+    if held and not config.overwrite_output_dir and not killed_early:
+        hint = "--resume latest goes on from its checkpoint" if CHECKPOINTS in held else OTHER
+        raise FileExistsError(f"{folder}: holds a run ({', '.join(held)}); {hint}, or --overwrite_output_dir")
     sources = [Path(value).resolve() for value in vars(config).values() if isinstance(value, str)]
     for name in held:
         if any(source.is_relative_to((folder / name).resolve()) for source in sources):
@@ -92,11 +125,3 @@ def _held(folder: Path, config: TrainConfig) -> list[str]:
 def _stepped(metrics: Path) -> bool:
     """Whether the run came as far as a step."""
     return metrics.exists() and metrics.stat().st_size > 0
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

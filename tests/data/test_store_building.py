@@ -1,12 +1,14 @@
-"""Building a token store: whole or not at all, by several at once, in bounded memory."""
+"""Building a token store: whole or not at all, by one of many processes, in bounded memory."""
 
+import fcntl
 import json
 import os
+import platform
 import random
-import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -77,16 +79,20 @@ def test_a_place_that_cannot_be_taken_is_an_error(tmp_path, cache, monkeypatch):
     assert list((cache / "stores").iterdir()) == []
 
 
-def test_the_slower_of_two_builders_takes_what_the_faster_built(tmp_path, cache, monkeypatch):
+def test_the_slower_of_two_machines_takes_what_the_faster_built(tmp_path, cache, monkeypatch):
+    """Some network file systems keep a lock to the machine that took it, so that one on each machine builds."""
     path, fit_example = write(tmp_path / "data.jsonl", ROWS), module.fit_example
     built = []
 
     def overtaken(*args):
         if not built:
             built.append(None)
-            built[0] = build(path, cache)
+            with monkeypatch.context() as patched:
+                patched.setattr(platform, "node", lambda: "another-machine")
+                built[0] = build(path, cache)
         return fit_example(*args)
 
+    monkeypatch.setattr(module, "_try_lock", lambda path: nullcontext(True))
     monkeypatch.setattr(module, "fit_example", overtaken)
     store = build(path, cache)
     assert store.folder == built[0].folder
@@ -94,47 +100,159 @@ def test_the_slower_of_two_builders_takes_what_the_faster_built(tmp_path, cache,
     assert list((cache / "stores").iterdir()) == [store.folder]
 
 
+# ---- by several processes at once
+
+
+def test_a_lock_file_is_held_by_one_and_goes_with_it(tmp_path):
+    path = tmp_path / ".lock"
+    with module._try_lock(path) as first:
+        with module._try_lock(path) as second:
+            assert (first, second) == (True, False)
+        assert path.exists()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_lock_on_a_file_that_was_removed_is_none(made_again, tmp_path, monkeypatch):
+    """Opened, then removed by its holder, then locked: a third process may hold the file that has the name now."""
+    path = tmp_path / ".lock"
+
+    def late(file, operation):
+        path.unlink()
+        if made_again:
+            path.touch()
+        flock(file, operation)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", late)
+    with module._try_lock(path) as locked:
+        assert not locked
+    assert path.exists() == made_again
+
+
+def test_a_store_that_comes_just_before_the_lock_is_taken(tmp_path, cache, monkeypatch):
+    path, try_lock, built = write(tmp_path / "data.jsonl", ROWS), module._try_lock, []
+
+    def late(lock):
+        monkeypatch.setattr(module, "_try_lock", try_lock)
+        built.append(build(path, cache).folder)
+        monkeypatch.setattr(module, "_build", None)
+        return try_lock(lock)
+
+    monkeypatch.setattr(module, "_try_lock", late)
+    assert [build(path, cache).folder] == built == list((cache / "stores").iterdir())
+
+
 BUILD = """
-import os, signal, sys, time
+import os, sys, time
 from pathlib import Path
 from minigpt.data import store as module
 from minigpt.data.prompts import get_template
 from minigpt.data.tokenizer import Tokenizer
 
+path, cache, log = sys.argv[1:4]
+module.PATIENCE = 0.1
+
+class Writer(module._Writer):
+    def __enter__(self):
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        return super().__enter__()
+
+module._Writer = Writer
+
 def build():
-    path, cache = sys.argv[1:3]
     return module.build_store([path], get_template("io"), Tokenizer.tiny(), 64, cache_dir=cache)
 """
+HANG = "Writer.add = lambda *args: time.sleep(3600)\nbuild()"
+PRINT = "store = build()\nprint(store.folder, len(store))"
 
 
-def start(code: str, *arguments) -> subprocess.Popen:
+def start(code: str, *arguments, rank: int = 0) -> subprocess.Popen:
     root = str(Path(module.__file__).parents[2])
     command = [sys.executable, "-c", BUILD + code, *map(str, arguments)]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, text=True)
+    env = {**os.environ, "PYTHONPATH": root, "RANK": str(rank)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_killed_builder_leaves_no_store(tmp_path, cache):
-    path = write(tmp_path / "data.jsonl", ROWS)
-    killed = start("module._Writer.add = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\nbuild()", path, cache)
-    killed.communicate(timeout=60)
-    assert killed.returncode == -signal.SIGKILL
-    left = list((cache / "stores").iterdir())
-    assert [folder.name.startswith(".") for folder in left] == [True]
-    store = build(path, cache)
-    assert store.folder not in left
-    assert len(store) == 30
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=60)
+    finally:
+        process.kill()
 
 
-def test_two_processes_build_at_once(tmp_path, cache):
-    path = write(tmp_path / "data.jsonl", ROWS)
-    wait = "while not Path(sys.argv[3]).exists(): time.sleep(0.001)\nstore = build()\nprint(store.folder, len(store))"
-    both = [start(wait, path, cache, tmp_path / "go") for _ in range(2)]
+def builders(log: Path, count: int = 0) -> list[int]:
+    """The processes that have begun to build, in this order; waits until there are as many."""
+    deadline = time.monotonic() + 60
+    while len(pids := log.read_text().split() if log.exists() else []) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return [int(pid) for pid in pids]
+
+
+def test_of_four_processes_one_builds(tmp_path, cache):
+    path, log = write(tmp_path / "data.jsonl", ROWS), tmp_path / "log"
+    slow = "fit = module.fit_example\nmodule.fit_example = lambda *args: time.sleep(0.02) or fit(*args)\n"
+    wait = "while not Path(sys.argv[4]).exists(): time.sleep(0.001)\n"
+    processes = [start(slow + wait + PRINT, path, cache, log, tmp_path / "go", rank=1) for _ in range(4)]
     time.sleep(0.5)
     (tmp_path / "go").touch()
-    printed = [process.communicate(timeout=60)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    printed = [finish(process)[0] for process in processes]
     [folder] = (cache / "stores").iterdir()
-    assert printed == [f"{folder} 30\n"] * 2
+    assert printed == [f"{folder} 30\n"] * 4
+    assert len(builders(log)) == 1
+
+
+def test_a_killed_builder_is_replaced(tmp_path, cache):
+    path, log = write(tmp_path / "data.jsonl", ROWS), tmp_path / "log"
+    killed = start(HANG, path, cache, log)
+    builders(log, 1)
+    waiting = [start(PRINT, path, cache, log, rank=rank) for rank in (0, 1)]
+    told = waiting[0].stdout.readline()
+    time.sleep(0.5)
+    assert [process.poll() for process in waiting] == [None, None]
+    assert builders(log) == [killed.pid]
+    killed.kill()
+    printed = [finish(process)[0] for process in (killed, *waiting)]
+    [folder] = (cache / "stores").iterdir()
+    assert told == f"Waiting for another process, which is tokenizing the same data into {folder}\n"
+    assert printed == ["", f"{folder} 30\n", f"{folder} 30\n"]
+    assert len(builders(log)) == 2
+    fresh = build(path, tmp_path / "fresh")
+    assert folder.name == fresh.folder.name
+    for file in fresh.folder.iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_what_a_killed_builder_left_goes_with_the_next_build(tmp_path, cache):
+    """Of the same data or of other data; but not what a living one is building."""
+    path, log = write(tmp_path / "data.jsonl", ROWS), tmp_path / "log"
+    dead, living = [
+        start(HANG, write(tmp_path / f"{name}.jsonl", ROWS[n:]), cache, log)
+        for n, name in enumerate(["dead", "alive"], 1)
+    ]
+    builders(log, 2)
+    before = set((cache / "stores").iterdir())
+    assert len(before) == 4  # a lock and a folder each
+    dead.kill()
+    finish(dead)
+    store = build(path, cache)
+    left = set((cache / "stores").iterdir()) - {store.folder}
+    assert len(left) == 2 and left < before
+    living.kill()
+    finish(living)
+    assert [len(build(str(tmp_path / name), cache)) for name in ("dead.jsonl", "alive.jsonl")] == [29, 28]
+    assert len(list((cache / "stores").iterdir())) == 3
+
+
+def test_all_processes_fail_at_a_bad_record(tmp_path, cache):
+    path, log = write(tmp_path / "data.jsonl", [*ROWS, {"instruction": "Name it."}]), tmp_path / "log"
+    processes = [start(PRINT, path, cache, log) for _ in range(3)]
+    last_lines = [finish(process)[1].splitlines()[-1] for process in processes]
+    assert last_lines == [f'ValueError: {path}:31: "output" is missing, found "instruction"'] * 3
+    assert len(builders(log)) == 3
+    assert list((cache / "stores").iterdir()) == []
 
 
 MEASURE = """
@@ -169,7 +287,7 @@ def test_memory_is_bounded(megabytes, growth, tmp_path, cache):
     with open(tmp_path / "data.jsonl", "w") as file:
         for _ in range(copies):
             file.write(lines)
-    process = start(MEASURE, tmp_path / "data.jsonl", cache)
+    process = start(MEASURE, tmp_path / "data.jsonl", cache, tmp_path / "log")
     length, grown, peak = map(int, process.communicate(timeout=3000)[0].split())
     assert length == 1800 * copies
     assert grown < growth

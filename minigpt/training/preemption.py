@@ -1,0 +1,50 @@
+"""Ctrl-C, SIGTERM, and leaving in good order: the step is finished, saved, and every rank goes.
+
+A cluster that wants its machines back sends SIGTERM, to one process or to all. What one rank heard, all act on.
+"""
+
+import signal
+import sys
+import threading
+from types import FrameType
+
+from minigpt.distributed import sum_over_ranks
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run it again
+
+
+class Preempted(SystemExit):
+    """The run was asked to end, and was saved. Leaves with exit code 75 where nobody catches it."""
+
+    def __init__(self, step: int):
+        super().__init__(EXIT_CODE)
+        self.step = step
+
+
+class Preemption:
+    """Listens for SIGTERM and Ctrl-C while its block runs; the second Ctrl-C ends the process at once."""
+
+    def __init__(self) -> None:
+        self.heard: str | None = None
+        """Name of the signal that this rank got."""
+
+    def __enter__(self) -> "Preemption":
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self.previous = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.heard == "SIGINT":
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.heard = signal.Signals(number).name
+        print(f"\n{self.heard}: the step is finished and saved, then this run ends", file=sys.stderr, flush=True)
+
+    def requested(self) -> bool:
+        """Whether any rank was asked to end. Every rank calls it."""
+        return sum_over_ranks(self.heard is not None)[0] > 0
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
