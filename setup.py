@@ -33,7 +33,7 @@ setup(
         "tiktoken>=0.7",
         "safetensors>=0.4.3",
         # Not 0.17.6-0.18.2 (issue 7718) nor 0.18.3-0.19.3 (8224): their ZeRO-2 gradients were wrong without a word.
-        "deepspeed>=0.19.4; sys_platform == 'linux'",
+        "deepspeed>=0.19.4,<0.20; sys_platform == 'linux'",
         "rouge-score>=0.1.2",
         "tqdm>=4.66",
         "huggingface_hub>=0.30",  # downloads, cache, offline mode

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minigpt.arguments import DataArguments, ModelArguments, PromptArguments, TrainConfig, check_range, require
 from minigpt.config import run
-from minigpt.distributed import pick_device, say
+from minigpt.distributed import is_main, pick_device, say
 
 
 @dataclass
@@ -77,6 +77,8 @@ def main(config: SFTConfig) -> None:
 
     # ---- a look at the data, the loss on it, or answers, and no training
     if config.predict:
+        if not is_main():  # one process answers
+            return
         model = GPT.from_pretrained(name, revision=revision, device=device)
         predict_file(
             config.predict,
@@ -103,8 +105,12 @@ def main(config: SFTConfig) -> None:
         read(config.data)
         return
     if config.eval_only:
+        data = read(config.data)
         engine = make_engine(GPT.from_pretrained(name, revision=revision, device=device), config)
-        loss = evaluate(engine, read(config.data), config.per_device_eval_batch_size)
+        try:
+            loss = evaluate(engine, data, config.per_device_eval_batch_size)
+        finally:
+            engine.close()
         if not math.isfinite(loss):
             raise ValueError(f"{name}: the loss is {loss}: the weights are broken")
         say(f"loss {loss:.4f}, perplexity {math.exp(loss):.2f}")

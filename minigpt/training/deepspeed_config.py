@@ -62,6 +62,7 @@ REFUSED = {
     ),
     "checkpoints are written whole, and resumed exactly": (
         *("nebula", "datastates_ckpt", "checkpoint.writer", "checkpoint.load_universal"),
+        "checkpoint.use_node_local_storage",
         *("zero_optimization.load_from_fp32_weights", "zero_optimization.elastic_checkpoint"),
     ),
     "DeepSpeed has removed it": (

@@ -133,6 +133,10 @@ def train(
     result = TrainResult(0, 0.0, 0, 0, math.nan, 0.0)
     losses: list[float] = []
     applied_steps = skipped_in_a_row = 0
+    if sum_over_ranks(checkpoint is not None)[0] not in (0, world_size()):
+        raise FileNotFoundError(
+            f"{checkpoint}: not every rank sees it: --output_dir must lie on storage that all share"
+        )
     if checkpoint is not None:
         _check_order(checkpoint, order)
         progress = load_checkpoint(checkpoint, engine, config.seed)
@@ -140,9 +144,10 @@ def train(
         result = TrainResult(**progress["result"])
         say(f"{checkpoint}: going on after step {result.steps:,} of {total_steps:,}")
     first_step = result.steps
-    if output_dir is not None and is_main():
-        start_run(config, output_dir, checkpoint, progress["metrics_bytes"] if checkpoint is not None else 0)
-        losses = losses_of(output_dir / METRICS)
+    with all_or_none():
+        if output_dir is not None and is_main():
+            start_run(config, output_dir, checkpoint, progress["metrics_bytes"] if checkpoint is not None else 0)
+            losses = losses_of(output_dir / METRICS)
     started = time.perf_counter() - result.seconds
 
     def show_samples(step: int) -> None:
@@ -260,11 +265,12 @@ def train(
                     leave(output_dir, saved, preemption.heard)
                     raise Preempted(step)
 
+        # ---- the end
+        if export is not None and output_dir is not None:
+            export_to(output_dir / EXPORT)
+            if result.best_step == total_steps and is_main():  # the last is the best: one folder will do
+                remove(output_dir / EXPORT_BEST)
     result.train_loss = float(np.mean(losses[-math.ceil(total_steps / 10) :])) if losses else math.nan
-    if export is not None and output_dir is not None:
-        export_to(output_dir / EXPORT)
-        if result.best_step == total_steps and is_main():  # the last is the best: one folder will do
-            remove(output_dir / EXPORT_BEST)
     return result
 
 
