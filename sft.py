@@ -137,7 +137,6 @@ def main(config: SFTConfig) -> None:
             say(of_run.table())
             return
         model = GPT.from_pretrained(name, revision=revision, device=device, **changes)
-        model.gradient_checkpointing = config.gradient_checkpointing
         say(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
         engine = make_engine(model, config)
         try:

@@ -98,7 +98,6 @@ def main(config: PretrainConfig) -> None:
         torch.manual_seed(config.seed)
         model = GPT.from_pretrained(name, config.revision, **changes) if name else GPT(model_config)
         model = model.to(pick_device(config.device))
-        model.gradient_checkpointing = config.gradient_checkpointing
         say(f"{name or config.config_name}: {model.num_parameters():,} parameters; {len(train_data):,} blocks")
         engine = make_engine(model, config)
         try:

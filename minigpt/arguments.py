@@ -77,7 +77,7 @@ class TrainConfig:
     save_steps: int | None = None
     """Write a checkpoint every so many steps, and after the last. Unset: only when interrupted."""
     save_total_limit: int | None = None
-    """Keep this many checkpoints, the newest. Unset: all."""
+    """Keep this many checkpoints, the newest; the best weights are in export-best anyway. Unset: all."""
     plan: int | None = None
     """Print what the run takes on this many GPUs (steps, tokens, memory, disk); then stop."""
     learning_rate: float = 5e-5

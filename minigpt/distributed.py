@@ -6,8 +6,10 @@ world of one.
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 
 def rank() -> int:
@@ -62,8 +64,21 @@ def start_process_group(device_type: str) -> None:
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    store = distributed.HashStore() if world_size() == 1 else None  # nobody to meet
+    store = distributed.HashStore() if world_size() == 1 else _meet()
     distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+
+
+def _meet():
+    """The ranks' store, once all have come: one node may tokenize for hours what another finds in its cache."""
+    from torch import distributed
+
+    patience = timedelta(days=2)  # PyTorch's own ends after half an hour, and NCCL's after ten minutes
+    store, *_ = next(distributed.rendezvous("env://", timeout=patience))
+    group = (store.add("minigpt/here", 1) - 1) // world_size()  # 0, or another one after it was closed
+    while store.add("minigpt/here", 0) < (group + 1) * world_size():
+        time.sleep(0.1)
+    store.set_timeout(timedelta(minutes=30))
+    return distributed.PrefixStore(f"minigpt/group/{group}", store)
 
 
 def sum_over_ranks(*values: float) -> list[float]:

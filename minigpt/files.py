@@ -8,6 +8,7 @@ import errno
 import json
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,8 +18,11 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 from uuid import uuid4
 
-# A full disk, a missing right, a file where a folder belongs.
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+# A full disk, a missing right, a file where a folder belongs; a file system without locks.
+UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP),
+}
 
 
 def find_file(name_or_folder: str | Path, filename: str, revision: str | None = None) -> Path | None:
@@ -105,6 +109,16 @@ def writing_to(folder: Path, flag: str) -> Iterator[None]:
         if error.errno not in UNWRITABLE or not ours:
             raise
         raise OSError(f"{folder}: cannot be written to ({error.strerror}); {flag} chooses another place") from error
+
+
+def appears(path: Path, seconds: float = 90) -> bool:
+    """Whether a file that another machine wrote is seen here by then: network file systems remember absence."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def remove(path: Path) -> None:

@@ -64,18 +64,21 @@ class Workplace:
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model", 96)
 
-    def __call__(self, script: str, *arguments: object, stdin: str = "", **env: str) -> Done:
-        log = self.folder / "network.log"
+    def environment(self, **env: str) -> dict[str, str]:
+        """Ours, without its settings, and with nothing but this folder to go to."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MINIGPT_"))}
-        environment |= {
+        return environment | {
             "PYTHONPATH": str(self.folder / "blocked"),
-            "NETWORK_LOG": str(log),
+            "NETWORK_LOG": str(self.folder / "network.log"),
             "HOME": str(self.folder),
             "HF_HOME": str(self.folder / "hf"),
             "OMP_NUM_THREADS": "1",
             "MPLCONFIGDIR": str(self.folder / "mpl"),
             **env,
         }
+
+    def __call__(self, script: str, *arguments: object, stdin: str = "", **env: str) -> Done:
+        environment = self.environment(**env)
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *map(str, arguments)],
             cwd=self.folder,
@@ -85,6 +88,7 @@ class Workplace:
             text=True,
             timeout=300,
         )
+        log = self.folder / "network.log"
         asked = log.read_text() if log.exists() else ""
         log.unlink(missing_ok=True)
         assert asked == "", f"{script} asked the network"

@@ -69,6 +69,7 @@ class TokenStore(Sequence[Example]):
         self.offsets = _map(folder / "offsets.bin", np.dtype(np.int64))
         self.prompt_lengths = _map(folder / "prompt_lengths.bin", np.dtype(np.int64))
         self.lengths = np.diff(self.offsets)
+        self.fingerprint = folder.name
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,6 +101,7 @@ class Blocks(Sequence[Example]):
         if len(self.starts) > 1:  # blocks behind the first that reaches the end would only repeat it
             self.starts = self.starts[: 1 + int(np.argmax(self.starts + block_size >= len(self.ids) - 1))]
         self.lengths = np.minimum(self.starts + block_size + 1, len(self.ids)) - self.starts
+        self.fingerprint = f"{store.fingerprint} {start} {stop} {block_size} {self.stride}"
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -117,6 +119,7 @@ class Subset(Sequence[Example]):
         self.indices = indices
         self.lengths = data.lengths[indices]
         self.prompt_lengths = data.prompt_lengths[indices]
+        self.fingerprint = f"{data.fingerprint} {hashlib.sha256(indices.tobytes()).hexdigest()}"
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.eot_id = special_tokens[END_OF_TEXT]
         self._ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-        self._merges = [_last_merge(token, ranks, source) for token in self._ranks if len(token) > 1]
+        self._merges = _last_merges(self._ranks, source)
         self._bpe = tiktoken.Encoding("minigpt", pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={})
 
     @classmethod
@@ -145,37 +144,40 @@ class Tokenizer:
         if config.get("add_prefix_space"):
             raise ValueError(f"{files['tokenizer_config.json']}: add_prefix_space is true (only false is supported)")
 
-        # the merges, each under the place where it stands
+        # the merges, each with the number of the place where it stands
         if "vocab.json" in files and "merges.txt" in files:
             source, path = files["vocab.json"], files["merges.txt"]
             vocab = read_json(source)
             lines = enumerate(_read_text(path).split("\n"), start=1)
-            merges = {f"{path}:{n}": line.split(" ") for n, line in lines if line and not line.startswith("#version")}
+            merges = [(n, line.split(" ")) for n, line in lines if line and not line.startswith("#version")]
+            place = f"{path}:"
         else:
             source = files["tokenizer.json"]
             vocab = pipeline["model"]["vocab"]
             pairs = enumerate(pipeline["model"]["merges"])
-            merges = {f"{source}: merge {i}": pair.split(" ") if isinstance(pair, str) else pair for i, pair in pairs}
+            merges = [(i, pair.split(" ") if isinstance(pair, str) else pair) for i, pair in pairs]
+            place = f"{source}: merge "
 
         for token, id in vocab.items():
             if type(id) is not int or id < 0:
                 raise ValueError(f"{source}: the id of {token!r} is {id!r} (expected a whole number from 0)")
-        ranks = {bytes([byte]): vocab[char] for char, byte in _BYTE_OF.items() if char in vocab}
+        byte_pairs = _BYTE_OF.keys() & vocab.keys()
+        ranks = {bytes([_BYTE_OF[char]]): vocab[char] for char in byte_pairs}
         highest = -1
-        for place, pair in merges.items():
+        for number, pair in merges:
             token = "".join(pair)
             if len(pair) != 2 or token not in vocab or not _BYTE_OF.keys() >= set(token):
                 raise ValueError(
-                    f"{place}: no merge of two tokens into one of {source}: {pair} (fetch both files again)"
+                    f"{place}{number}: no merge of two tokens into one of {source}: {pair} (fetch both files again)"
                 )
             if vocab[token] <= highest:
                 raise ValueError(
-                    f"{place}: {token} has the id {vocab[token]} after a merge with {highest}, but tiktoken needs ids "
-                    "that rise along the merges (number the tokens in the order of their merges)"
+                    f"{place}{number}: {token} has the id {vocab[token]} after a merge with {highest}, but tiktoken "
+                    "needs ids that rise along the merges (number the tokens in the order of their merges)"
                 )
             highest = ranks[bytes(map(_BYTE_OF.__getitem__, token))] = vocab[token]
+            byte_pairs.add(token)
 
-        byte_pairs = {_to_text(token) for token in ranks}
         named = [(token["content"], token["id"]) for token in pipeline.get("added_tokens", [])]
         named += [(token["content"], int(id)) for id, token in config.get("added_tokens_decoder", {}).items()]
         special_tokens: dict[str, int] = {}
@@ -186,10 +188,10 @@ class Tokenizer:
                 special_tokens[token] = id
 
         tokenizer = cls(ranks, special_tokens, source)
-        for (place, (left, right)), by_id in zip(merges.items(), tokenizer._merges, strict=True):
+        for (number, (left, right)), by_id in zip(merges, tokenizer._merges, strict=True):
             if len(left) != len(by_id[0]):
                 raise ValueError(
-                    f"{place}: by ids {left + right} is not made of {left} and {right} (renumber the tokens)"
+                    f"{place}{number}: by ids {left + right} is not made of {left} and {right} (renumber the tokens)"
                 )
         return tokenizer
 
@@ -298,19 +300,43 @@ def _to_text(token: bytes) -> str:
     return "".join(map(_ALPHABET.__getitem__, token))
 
 
-def _last_merge(token: bytes, ranks: dict[bytes, int], source: str | Path) -> tuple[bytes, bytes]:
-    """The two parts whose merge makes `token`: what byte-pair encoding of its bytes by the lower ranks leaves."""
-    rank, parts = ranks[token], [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        unions = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
-        lowest = min(unions)
-        if lowest >= rank:
+def _last_merges(ranks: dict[bytes, int], source: str | Path) -> list[tuple[bytes, bytes]]:
+    """For each token of several bytes, in the order of ids, the two whose merge makes it: what byte-pair encoding of
+    its bytes by the lower ids leaves. `ranks` is in the order of ids."""
+    halves = {bytes([byte]): (b"", b"") for byte in range(256)}
+    for token, rank in ranks.items():
+        if len(token) == 1:
+            continue
+        for i in range(1, len(token)):
+            left, right = token[:i], token[i:]
+            if left in halves and right in halves and _stay_apart(left, right, rank, ranks, halves):
+                halves[token] = (left, right)
+                break
+        else:
             raise ValueError(
                 f"{source}: no two tokens of lower ids make {token!r} (number them in the order of merging)"
             )
-        i = unions.index(lowest)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
+    return [pair for token, pair in halves.items() if len(token) > 1]
+
+
+def _stay_apart(
+    left: bytes, right: bytes, limit: int, ranks: dict[bytes, int], halves: dict[bytes, tuple[bytes, bytes]]
+) -> bool:
+    """Whether both are made before a merge of a rank below `limit` crosses the seam between them.
+
+    Merges are undone, the latest first; after each, only the two tokens at the seam could have merged otherwise (after
+    github/rust-gems, crates/bpe). Of equal ranks the left one merges first.
+    """
+    while len(left) > 1 or len(right) > 1:
+        if len(right) == 1 or (len(left) > 1 and ranks[left] > ranks[right]):
+            limit, left = ranks[left], halves[left][1]
+            crossed = ranks.get(left + right, limit) < limit
+        else:
+            limit, right = ranks[right], halves[right][0]
+            crossed = ranks.get(left + right, limit + 1) <= limit
+        if crossed:
+            return False
+    return True
 
 
 def _pieces(text: str) -> Iterator[str]:

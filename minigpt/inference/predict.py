@@ -10,7 +10,7 @@ from minigpt.data.prompts import Message, Template
 from minigpt.data.records import read_records
 from minigpt.data.store import Blocks, Subset, TokenStore
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.distributed import progress_bar, say
+from minigpt.distributed import progress_bar, say, world_size
 from minigpt.files import whole_file, writing_to
 from minigpt.inference.chat import fit_prompt
 from minigpt.inference.sampling import generate
@@ -158,7 +158,12 @@ def show_answers(
             continue  # a text: there is no question in it
         end = ids.index(tokenizer.eot_id, start) + 1 if tokenizer.eot_id in ids[start:] else len(ids)
         prompt, reference = ids[max(0, start - room) : start], ids[start:end]
-        [answer] = generate(model, [prompt], max_new_tokens=max_new_tokens, eos_id=tokenizer.eot_id)
+        # On several ranks each goes on for equally long, or under ZeRO-3 one would wait for weights that the others,
+        # done already, no longer gather.
+        eos_id = tokenizer.eot_id if world_size() == 1 else None
+        [answer] = generate(model, [prompt], max_new_tokens=max_new_tokens, eos_id=eos_id)
+        if tokenizer.eot_id in answer:
+            answer = answer[: answer.index(tokenizer.eot_id) + 1]
         shown = {"prompt": prompt, "reference": reference} if step == 0 else {}
         for name, part in {**shown, "answer": answer}.items():
             text = tokenizer.decode(part)

@@ -7,7 +7,7 @@
       manifest.json                                   every file with its sha256
 
 A checkpoint is complete or absent: it is written into step-40.tmp, brought to the disk, and renamed at the end. What
-has a manifest was committed; what ends in .tmp never was, and is removed by the next save.
+has a manifest was committed; what ends in .tmp never was, or is on its way out, and is removed by the next start.
 """
 
 import hashlib
@@ -49,8 +49,7 @@ def save_checkpoint(run: Path, step: int, engine: Engine, progress: dict[str, An
     try:
         with all_or_none():
             if is_main():
-                for leftover in folder.parent.glob(f"*{UNFINISHED}"):
-                    remove(leftover)
+                remove_unfinished(run)
                 temporary.mkdir(parents=True)
                 if shutil.disk_usage(temporary).free < engine.checkpoint_bytes + SPARE_BYTES:
                     raise OSError("too little space")
@@ -61,10 +60,11 @@ def save_checkpoint(run: Path, step: int, engine: Engine, progress: dict[str, An
             if is_main():
                 (temporary / TRAINER).write_text(json.dumps({**progress, "world_size": world_size()}, indent=2) + "\n")
                 _commit(temporary, folder, step)
-    except OtherRankFailed:
-        raise
     except Exception as error:
-        remove(temporary)
+        if is_main():  # it fails where any rank fails
+            remove(temporary)
+        if isinstance(error, OtherRankFailed):
+            raise
         raise OSError(
             f"{folder}: cannot be written ({error}); it needs {engine.checkpoint_bytes + SPARE_BYTES:,} bytes, and "
             f"{shutil.disk_usage(run).free:,} are free; earlier checkpoints stand (--save_total_limit keeps fewer)"
@@ -106,6 +106,12 @@ def checkpoints(run: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def remove_unfinished(run: Path) -> None:
+    """What a run that was killed in the middle of writing or removing a checkpoint left of it."""
+    for leftover in (run / CHECKPOINTS).glob(f"*{UNFINISHED}"):
+        remove(leftover)
+
+
 def find_checkpoint(run: Path, resume: str | None) -> Path | None:
     """What `--resume PATH|latest|auto` means for the run in this folder; None where it starts from nothing.
 
@@ -121,7 +127,7 @@ def find_checkpoint(run: Path, resume: str | None) -> Path | None:
             raise FileNotFoundError(f"{run / CHECKPOINTS}: no checkpoint (--resume auto starts anew then)")
         return found[-1] if found else None
     path = Path(resume)
-    if not (path / MANIFEST).exists():
+    if not (path / MANIFEST).exists() or path.name.endswith(UNFINISHED):
         known = f"; there are {', '.join(str(p) for p in found)}" if found else ""
         raise FileNotFoundError(f"{path}: no checkpoint, which has a {MANIFEST}{known} (--resume PATH|latest|auto)")
     if path.resolve() in [p.resolve() for p in found[:-1]]:
@@ -148,7 +154,9 @@ def _commit(temporary: Path, folder: Path, step: int) -> None:
 
 def _verify(folder: Path) -> None:
     """Raises `ValueError` for the first file that is not what was written."""
-    files = read_json(folder / MANIFEST)["files"]
+    files = read_json(folder / MANIFEST).get("files")
+    if not files:
+        raise ValueError(f"{folder / MANIFEST}: names no files; remove {folder}, and --resume takes the one before")
     with ThreadPoolExecutor() as pool:
         for name, found in zip(files, pool.map(lambda name: _sha256(folder / name), files), strict=True):
             if found != files[name]["sha256"]:

@@ -39,13 +39,14 @@ class DeepSpeedEngine:
         settings = deepspeed_config(config, model.config.n_embd, world_size(), self.device.type)
         self.stage = settings["zero_optimization"]["stage"]
         self.dtype = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
-        shards = (4 if self.dtype == "fp32" else 2) + 12  # the weight; master weight and moments
-        self.checkpoint_bytes = model.num_parameters() * (STATE_BYTES + shards)
+        weights = 0 if self.stage in (0, 3) else 4 if self.dtype == "fp32" else 2  # beside fp32 ones and the moments
+        self.checkpoint_bytes = model.num_parameters() * (STATE_BYTES + 12 + weights)
         if self.dtype == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
             raise ValueError(f"{self.device.type} does not compute in fp16: use --bf16")
         for parameter in model.parameters():  # a memory-mapped file gives transposed views, which DeepSpeed flattens
             parameter.data = parameter.data.contiguous()
         start_process_group(self.device.type)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, and plain python sets none
         self.max_grad_norm = config.max_grad_norm
         if self.stage == 0:  # in fp32, so the gradients lie in the parameters, and are clipped here for their norm
             settings["gradient_clipping"] = 0.0
@@ -53,6 +54,7 @@ class DeepSpeedEngine:
         settings["gradient_accumulation_steps"] = max(2, settings["gradient_accumulation_steps"])
         settings.pop("train_batch_size", None)
         optimizer = None if "optimizer" in settings else make_optimizer(model, config)
+        exact = {} if self.dtype == "fp32" else {name: p.detach().to("cpu") for name, p in model.named_parameters()}
         with _quiet():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
@@ -61,6 +63,9 @@ class DeepSpeedEngine:
                 config=settings,
                 dist_init_required=False,
             )
+        with torch.no_grad():  # DeepSpeed rounds the weights first, and takes its fp32 ones from those
+            for name, parameter in model.named_parameters() if exact else ():
+                self._set_weight(parameter, exact[name].to(self.device))
         if self.dtype == "fp16":  # the loop ends the run, and says why
             self.optimizer.loss_scaler.raise_error_at_min_scale = False
         say(f"DeepSpeed: ZeRO stage {self.stage}, {self.dtype}, {world_size()} ranks")
@@ -99,7 +104,8 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's shards, for the same world, and the whole state, for any other. Every rank writes."""
-        with _quiet():
+        self.engine._copy_recovery_script = lambda _: None  # the whole weights are there without it
+        with all_or_none(), _raised_at_the_end(self.engine.checkpoint_engine), _quiet():
             self.engine.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
         moments = {kind: self._gather(kind) for kind in MOMENTS} if self._adam_steps() else {}
         state = State(self._gather(None), moments, {**self._facts(), "loss_scale": self._loss_scale()})
@@ -111,6 +117,7 @@ class DeepSpeedEngine:
         state = read_state(folder, self.module)
         ours = {name: value for name, value in self._facts().items() if name != "adam_steps"}
         settings = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in self.optimizer.param_groups]
+        clip_grad = getattr(self.optimizer, "clip_grad", None)
         if ours == {name: state.facts.get(name) for name in ours}:
             with _quiet():
                 path, _ = self.engine.load_checkpoint(str(folder), tag=SHARDS)
@@ -118,14 +125,19 @@ class DeepSpeedEngine:
                 raise ValueError(f"{folder / SHARDS}: DeepSpeed cannot read its own shards")
         else:
             self._scatter(state)
+        # As the flags say now, not as they said when the checkpoint was written.
         for group, values in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(values)  # as the flags say now, not as they said when the checkpoint was written
+            group.update(values)
+        if clip_grad is not None:
+            self.optimizer.clip_grad = clip_grad
 
     def close(self) -> None:
         with contextlib.suppress(Exception):  # what led here is the error to show
             self.engine.destroy()
         if distributed.is_initialized():
-            distributed.destroy_process_group()
+            from deepspeed import comm
+
+            comm.destroy_process_group()  # PyTorch's, and what DeepSpeed remembers of it
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -205,8 +217,8 @@ class DeepSpeedEngine:
         return list(self.module.parameters())
 
     def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-        from deepspeed.zero import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
             parameter.copy_(value)
@@ -261,6 +273,26 @@ def import_deepspeed(device_type: str) -> Any:
     # Its collectives for CPUs are compiled at the first start, which takes a compiler and half a minute; gloo is there.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _raised_at_the_end(writer: Any) -> Iterator[None]:
+    """Keeps the error of a file that DeepSpeed cannot write until its save has ended, where the other ranks wait."""
+    write, errors = writer.save, []
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except Exception as error:  # of a full disk, PyTorch makes a RuntimeError
+            errors.append(error)
+
+    writer.save = save
+    try:
+        yield
+    finally:
+        del writer.save
+    if errors:
+        raise errors[0]
 
 
 @contextlib.contextmanager

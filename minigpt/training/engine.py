@@ -40,7 +40,7 @@ class Engine(Protocol):
         ...
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """All weights in fp32 on rank 0, nothing elsewhere."""
+        """All weights in fp32 on rank 0; on the others perhaps nothing."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -133,6 +133,7 @@ def make_engine(model: GPT, config: TrainConfig) -> Engine:
     Raises:
         ValueError: the DeepSpeed file contradicts a flag, or the device cannot compute in fp16.
     """
+    model.gradient_checkpointing = config.gradient_checkpointing
     if config.deepspeed or config.fp16:
         from minigpt.training.deepspeed_engine import DeepSpeedEngine
 

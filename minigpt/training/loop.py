@@ -21,16 +21,17 @@ from minigpt.data.collate import Batch, collate
 from minigpt.data.dataset import Example
 from minigpt.data.order import deal, epoch_windows, replay_rows
 from minigpt.distributed import all_or_none, is_main, rank, say, sum_over_ranks, world_size
-from minigpt.files import read_json, remove
-from minigpt.training.checkpoint import TRAINER, find_checkpoint, load_checkpoint, save_checkpoint
+from minigpt.files import appears, remove
+from minigpt.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from minigpt.training.engine import Engine
 from minigpt.training.metrics import Metrics, losses_of
 from minigpt.training.optim import learning_rate
 from minigpt.training.preemption import Preempted, Preemption
-from minigpt.training.run import EXPORT, EXPORT_BEST, LOSS_PICTURE, METRICS, leave, start_run
+from minigpt.training.run import CONFIG, EXPORT, EXPORT_BEST, LOSS_PICTURE, METRICS, goes_on, leave, start_run
 
 PAD = 0  # any id of the vocabulary: padding stands behind all that counts, and its targets are ignored
 FILLER = Batch(torch.tensor([[PAD]]), torch.tensor([[-100]]))  # where a rank has nothing left: it weighs nothing
+SHARED = "--output_dir must lie on storage that all ranks share"
 MAX_SKIPPED_IN_A_ROW = 25  # from a loss scale of 65536 down to 1 it is 16, with DeepSpeed's patience some more
 
 
@@ -109,46 +110,27 @@ def train(
         FloatingPointError: the loss or the gradient is no longer a number.
     """
     window_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
-    lengths = _lengths(train_data)
-    if len(lengths) == 0:
+    n_examples = len(train_data)
+    if n_examples == 0:
         raise ValueError("the training data is empty: give more of it, or hold out less (--validation_split)")
     if replay_data is not None and len(replay_data) == 0:
         raise ValueError("the replay data is empty")
-    steps_per_epoch = math.ceil(len(lengths) / window_size)
+    steps_per_epoch = math.ceil(n_examples / window_size)
     total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
     eval_steps = config.eval_steps or max(1, math.ceil(total_steps / 10))
-    replayed = max(1, round(window_size * replay_ratio)) if replay_data is not None and replay_ratio > 0 else 0
-    replay_lengths = _lengths(replay_data) if replay_data is not None and replayed else np.empty(0, np.int64)
+    if replay_data is None or replay_ratio == 0:
+        replay_data, replayed = (), 0
+    else:
+        replayed = max(1, round(window_size * replay_ratio))
+    lengths = np.concatenate([_lengths(train_data), _lengths(replay_data)])  # replayed examples are numbered behind
     order = {
         "window_size": window_size,
         "replayed": replayed,
         "seed": config.seed,
         "group_by_length": config.group_by_length,
-        "data": hashlib.sha256(np.concatenate([lengths, replay_lengths]).astype(np.int64).tobytes()).hexdigest(),
+        "data": _fingerprint(lengths, train_data, replay_data),
     }
-
-    torch.manual_seed((config.seed + rank()) % 2**63)  # dropout
     output_dir = Path(config.output_dir) if config.output_dir else None
-    checkpoint = find_checkpoint(output_dir, config.resume) if output_dir is not None else None
-    result = TrainResult(0, 0.0, 0, 0, math.nan, 0.0)
-    losses: list[float] = []
-    applied_steps = skipped_in_a_row = 0
-    if sum_over_ranks(checkpoint is not None)[0] not in (0, world_size()):
-        raise FileNotFoundError(
-            f"{checkpoint}: not every rank sees it: --output_dir must lie on storage that all share"
-        )
-    if checkpoint is not None:
-        _check_order(checkpoint, order)
-        progress = load_checkpoint(checkpoint, engine, config.seed)
-        applied_steps, skipped_in_a_row = progress["applied_steps"], progress["skipped_in_a_row"]
-        result = TrainResult(**progress["result"])
-        say(f"{checkpoint}: going on after step {result.steps:,} of {total_steps:,}")
-    first_step = result.steps
-    with all_or_none():
-        if output_dir is not None and is_main():
-            start_run(config, output_dir, checkpoint, progress["metrics_bytes"] if checkpoint is not None else 0)
-            losses = losses_of(output_dir / METRICS)
-    started = time.perf_counter() - result.seconds
 
     def show_samples(step: int) -> None:
         if on_eval is not None:
@@ -156,14 +138,23 @@ def train(
             on_eval(engine.module, step)
             engine.module.train()
 
-    def export_to(folder: Path) -> None:
-        weights = engine.full_state_dict()
-        with all_or_none():
-            if export is not None and is_main():
-                export(weights, folder)
+    def export_to(name: str) -> None:
+        if export is not None and output_dir is not None:
+            weights = engine.full_state_dict()
+            with all_or_none():
+                if is_main():
+                    export(weights, output_dir / name)
+
+    torch.manual_seed((config.seed + rank()) % 2**63)  # dropout
+    result, losses = _begin(config, engine, output_dir, order, total_steps)
+    first_step = result.steps
+    if result.best_step == first_step < total_steps:  # a run that ended with its best has it in export/ alone
+        export_to(EXPORT_BEST)
+    started = time.perf_counter() - result.seconds
+    skipped_in_a_row = 0
 
     with (
-        Preemption() as preemption,
+        Preemption(listen=output_dir is not None) as preemption,
         Metrics(output_dir, total_steps, config.logging_steps, first_step) as metrics,
     ):
         engine.module.train()
@@ -178,18 +169,17 @@ def train(
             # ---- data: one window of examples, cut into micro-batches of similar length, and of them this rank's
             epoch, place = divmod(step - 1, steps_per_epoch)
             if place == 0 or step == first_step + 1:
-                windows = epoch_windows(lengths, window_size, config.seed, epoch, config.group_by_length)
-            rows = [(train_data, lengths, int(i)) for i in windows[place]]
-            if replay_data is not None and replayed:
-                replay = replay_rows(len(replay_data), replayed, config.seed, step - 1)
-                rows += [(replay_data, replay_lengths, int(i)) for i in replay]
-            row_lengths = [int(lengths_of[i]) for _, lengths_of, i in rows]
-            batches = [
-                collate([data[i] for data, _, i in (rows[place] for place in micro_batch)], PAD)
-                if len(micro_batch)
-                else FILLER
-                for micro_batch in deal(row_lengths, config.per_device_train_batch_size, rank(), world_size())
-            ]
+                windows = epoch_windows(lengths[:n_examples], window_size, config.seed, epoch, config.group_by_length)
+            rows = windows[place]
+            if replayed:
+                rows = np.append(rows, n_examples + replay_rows(len(replay_data), replayed, config.seed, step - 1))
+            batches = []
+            for places in deal(lengths[rows], config.per_device_train_batch_size, rank(), world_size()):
+                micro_batch = [
+                    train_data[row] if row < n_examples else replay_data[row - n_examples]
+                    for row in rows[places].tolist()
+                ]
+                batches.append(collate(micro_batch, PAD) if micro_batch else FILLER)
             n_tokens = int(sum_over_ranks(sum(int((batch.targets != -100).sum()) for batch in batches))[0])
 
             # ---- forward and backward: the mean over all of the window's supervised tokens, not a mean of means
@@ -200,12 +190,12 @@ def train(
                 window_nll = window_nll + nll_sum.detach()
 
             # ---- optimizer
-            lr = learning_rate(applied_steps, total_steps, config)
+            lr = learning_rate(step - 1 - result.skipped_steps, total_steps, config)
             loss = sum_over_ranks(float(window_nll))[0] / max(1, n_tokens)
-            if not math.isfinite(loss):
+            if not math.isfinite(loss) and not config.fp16:
                 raise FloatingPointError(_why_not_finite(engine.module, step, f"the loss is {loss}", lr, losses))
             info = engine.step(lr)
-            applied_steps += not info.skipped
+            result.skipped_steps += info.skipped
             skipped_in_a_row = skipped_in_a_row + 1 if info.skipped else 0
             if info.skipped and (info.loss_scale == 1.0 or skipped_in_a_row == MAX_SKIPPED_IN_A_ROW):
                 reason = f"the gradient norm is {info.grad_norm}"
@@ -215,7 +205,7 @@ def train(
 
             # ---- metrics and evaluation
             losses.append(loss)
-            tokens = sum(row_lengths) - len(row_lengths)
+            tokens = int(lengths[rows].sum()) - len(rows)
             result.steps, result.epochs = step, step / steps_per_epoch
             result.tokens += tokens
             result.supervised_tokens += n_tokens
@@ -228,9 +218,8 @@ def train(
                 "tokens": result.tokens,
                 "tokens_per_s": round(tokens / (time.perf_counter() - step_started), 1),
             }
-            if info.loss_scale != 1.0:
+            if config.fp16:
                 line |= {"loss_scale": info.loss_scale, "skipped": info.skipped}
-                result.skipped_steps += info.skipped
             if step == 1 and result.val_loss_before is not None:
                 line["val_loss_before"] = result.val_loss_before
             if eval_data and (step % eval_steps == 0 or step == total_steps):
@@ -244,34 +233,66 @@ def train(
                 show_samples(step)
                 if result.best_val_loss is None or line["val_loss"] < result.best_val_loss:
                     result.best_val_loss, result.best_step = line["val_loss"], step
-                    if export is not None and output_dir is not None and step < total_steps:
-                        export_to(output_dir / EXPORT_BEST)
+                    if step < total_steps:
+                        export_to(EXPORT_BEST)
 
             # ---- checkpoint
             result.seconds = time.perf_counter() - started
-            preempted = output_dir is not None and step < total_steps and preemption.requested()
+            preempted = step < total_steps and preemption.requested()
             due = config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
             if output_dir is not None and (due or preempted):
-                progress = {
-                    "step": step,
-                    "applied_steps": applied_steps,
-                    "skipped_in_a_row": skipped_in_a_row,
-                    "metrics_bytes": metrics.bytes_on_disk(),
-                    "order": order,
-                    "result": asdict(result),
-                }
+                progress = {"order": order, "metrics_bytes": metrics.bytes_on_disk(), "result": asdict(result)}
                 saved = save_checkpoint(output_dir, step, engine, progress, config.save_total_limit)
                 if preempted:
-                    leave(output_dir, saved, preemption.heard)
+                    with all_or_none():  # nobody leaves before the file is there: the first to go ends them all
+                        leave(output_dir, saved, preemption.heard)
                     raise Preempted(step)
 
         # ---- the end
-        if export is not None and output_dir is not None:
-            export_to(output_dir / EXPORT)
-            if result.best_step == total_steps and is_main():  # the last is the best: one folder will do
-                remove(output_dir / EXPORT_BEST)
-    result.train_loss = float(np.mean(losses[-math.ceil(total_steps / 10) :])) if losses else math.nan
+        export_to(EXPORT)
+        if output_dir is not None and result.best_step == total_steps and is_main():
+            remove(output_dir / EXPORT_BEST)  # the last is the best: one folder will do
+    last = [loss for loss in losses[-math.ceil(total_steps / 10) :] if math.isfinite(loss)]
+    result.train_loss = float(np.mean(last)) if last else math.nan
     return result
+
+
+def _begin(
+    config: TrainConfig, engine: Engine, output_dir: Path | None, order: dict[str, Any], total_steps: int
+) -> tuple[TrainResult, list[float]]:
+    """How far the run is: nowhere, or where its checkpoint left it. The run folder is ready for what comes.
+
+    Returns:
+        The result so far, and the loss of every step so far.
+    """
+    result = TrainResult(0, 0.0, 0, 0, math.nan, 0.0)
+    seen = int(order["data"][:8], 16)
+    if sum_over_ranks(seen)[0] != seen * world_size():
+        raise ValueError("the ranks read different data: it must lie on storage that all share, or be copied whole")
+    if output_dir is None:
+        if config.resume:
+            raise ValueError(f"--resume {config.resume} needs an output_dir, where the checkpoints are")
+        return result, []
+    with all_or_none():
+        checkpoint = find_checkpoint(output_dir, config.resume)
+    if sum_over_ranks(checkpoint is not None)[0] not in (0, world_size()):
+        raise FileNotFoundError(f"{output_dir}: some ranks see checkpoints in it, others none: {SHARED}")
+    metrics_bytes = 0
+    if checkpoint is not None:
+        progress = load_checkpoint(checkpoint, engine, config.seed)
+        _check_order(checkpoint, progress["order"], order)
+        metrics_bytes = progress["metrics_bytes"]
+        result = TrainResult(**progress["result"])
+        if not goes_on(output_dir, checkpoint):  # a branch: the best lies in the other folder
+            result.best_val_loss = result.best_step = None
+        say(f"{checkpoint}: going on after step {result.steps:,} of {total_steps:,}")
+    with all_or_none():
+        if is_main():
+            start_run(config, output_dir, checkpoint, metrics_bytes)
+    with all_or_none():
+        if not appears(output_dir / CONFIG):
+            raise FileNotFoundError(f"{output_dir}: rank 0 wrote into it, and rank {rank()} does not see it: {SHARED}")
+    return result, losses_of(output_dir / METRICS)
 
 
 @torch.no_grad()
@@ -292,23 +313,29 @@ def evaluate(engine: Engine, data: Sequence[Example], batch_size: int) -> float:
 
 def _lengths(data: Sequence[Example]) -> np.ndarray:
     """Ids of each example; a store knows them without reading the examples."""
-    return np.asarray(data.lengths if hasattr(data, "lengths") else [len(data[i]) for i in range(len(data))])
+    lengths = data.lengths if hasattr(data, "lengths") else [len(data[i]) for i in range(len(data))]
+    return np.asarray(lengths, dtype=np.int64)
 
 
-def _check_order(checkpoint: Path, order: dict[str, Any]) -> None:
+def _fingerprint(lengths: np.ndarray, *datasets: Sequence[Example]) -> str:
+    """What tells one set of data from another: the lengths, and of stores what they were built from."""
+    contents = [getattr(data, "fingerprint", "") for data in datasets]
+    return hashlib.sha256(lengths.tobytes() + repr(contents).encode()).hexdigest()
+
+
+def _check_order(checkpoint: Path, before: dict[str, Any], order: dict[str, Any]) -> None:
     """Refuses to go on in another order of data: what was read, and what is still to come, would no longer be known."""
-    before = read_json(checkpoint / TRAINER)["order"]
     flags = {
-        "window_size": "per_device_train_batch_size x gradient_accumulation_steps x ranks",
+        "window_size": "--per_device_train_batch_size x --gradient_accumulation_steps x ranks",
         "replayed": "--replay_data or --replay_ratio",
         "seed": "--seed",
         "group_by_length": "--group_by_length",
-        "data": "the data, or how it is cut (--data, --validation_split, --max_seq_length, --block_size, ...)",
+        "data": "the data, or how it is cut (--data, --template, --validation_split, --max_seq_length, ...)",
     }
     for name, what in flags.items():
         if before[name] != order[name]:
             values = "" if name == "data" else f": {before[name]} then, {order[name]} now"
-            raise ValueError(f"{checkpoint}: cannot go on from it, because {what} changed{values}")
+            raise ValueError(f"{checkpoint}: cannot go on from it, because {what} changed{values}; set it back")
 
 
 def _why_not_finite(model: nn.Module, step: int, reason: str, lr: float, losses: list[float]) -> str:

@@ -1,6 +1,8 @@
 """What a run tells: a line or a bar while it runs, `metrics.jsonl` for every step, `loss.png` of the whole."""
 
+import contextlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -39,7 +41,8 @@ class Metrics:
     def log(self, line: dict[str, Any]) -> None:
         """A step: all of it to the file, the bar moved on, a line printed where one is due."""
         if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
+            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
+            self.file.write(json.dumps(finite) + "\n")  # JSON knows no infinity, which an overflow in fp16 is
             self.file.flush()
         step = line["step"]
         text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad {line['grad_norm']:.2f}"
@@ -69,14 +72,15 @@ class Metrics:
         self.bar.close()
         if self.file is not None and self.folder is not None:
             self.file.close()
-            draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
+            with contextlib.suppress(OSError):  # a full disk: the error that ends the run is the one to show
+                draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
 
 
 def losses_of(metrics: Path) -> list[float]:
     """The loss of every step so far."""
     if not metrics.exists():
         return []
-    return [json.loads(line)["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [_number(json.loads(line)["loss"]) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def draw_losses(metrics: Path, picture: Path) -> bool:
@@ -96,8 +100,9 @@ def draw_losses(metrics: Path, picture: Path) -> bool:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per supervised token)")
     xs = [line["step"] for line in steps]
-    axes.plot(xs, [line["loss"] for line in steps], color="tab:blue", alpha=0.35, linewidth=1)
-    axes.plot(xs, _smooth([line["loss"] for line in steps]), color="tab:blue", label="training")
+    losses = [_number(line["loss"]) for line in steps]
+    axes.plot(xs, losses, color="tab:blue", alpha=0.35, linewidth=1)
+    axes.plot(xs, _smooth(losses), color="tab:blue", label="training")
     if evaluations:
         axes.plot(*zip(*evaluations, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
     tokens_per_step = steps[-1]["tokens"] / steps[-1]["step"]
@@ -110,12 +115,17 @@ def draw_losses(metrics: Path, picture: Path) -> bool:
     return True
 
 
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 def _smooth(values: list[float], decay: float = 0.9) -> list[float]:
-    """Exponential moving average without the pull of its start."""
+    """Exponential moving average without the pull of its start; what is no number is passed over."""
     mean, weight, smooth = 0.0, 0.0, []
     for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        smooth.append(mean / weight)
+        if not math.isnan(value):
+            mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        smooth.append(mean / weight if weight else math.nan)
     return smooth
 
 

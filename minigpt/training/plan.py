@@ -152,9 +152,9 @@ def plan(
         buffers = _buffers(zero, n_parameters, gpus, level, precision, fp32_sums)
         memory.append(Memory(parameters, gradients, optimizer, activations, buffers))
 
-    # Weights and Adam's two moments in fp32, and under DeepSpeed its own shards: the module, the master weights and
-    # the moments again.
-    shards = (4 if zero_precision == "fp32" else 2) + 12 if deepspeed else 0
+    # Weights and Adam's two moments in fp32, and under DeepSpeed its own shards: the same again, and at stages 1 and 2
+    # the module's weights too.
+    shards = 12 + (0 if stage in (0, 3) else 4 if zero_precision == "fp32" else 2) if deepspeed else 0
     saved = math.ceil(steps / config.save_steps) if config.save_steps else 1  # one: when interrupted
     return Plan(
         parameters=n_parameters,

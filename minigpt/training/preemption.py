@@ -3,8 +3,9 @@
 A cluster that wants its machines back sends SIGTERM, to one process or to all. What one rank heard, all act on.
 """
 
+import contextlib
+import os
 import signal
-import sys
 import threading
 from types import FrameType
 
@@ -22,24 +23,28 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Listens for SIGTERM and Ctrl-C while its block runs; the second Ctrl-C ends the process at once."""
+    """Listens for SIGTERM and Ctrl-C while its block runs; the second Ctrl-C ends the process at once.
 
-    def __init__(self) -> None:
+    With `listen` False it does not, and both end the process as they always do: for a run that has nowhere to save.
+    """
+
+    def __init__(self, listen: bool = True) -> None:
+        self.listen = listen
         self.heard: str | None = None
         """Name of the signal that this rank got."""
 
     def __enter__(self) -> "Preemption":
         self.previous = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        if self.listen and threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
             self.previous = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.heard == "SIGINT":
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt
         self.heard = signal.Signals(number).name
-        print(f"\n{self.heard}: the step is finished and saved, then this run ends", file=sys.stderr, flush=True)
+        if number == signal.SIGINT:  # the second one is immediate
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(OSError):  # and not print, which fails where it interrupts another print
+            os.write(2, f"\n{self.heard}: the step is finished and saved, then this run ends\n".encode())
 
     def requested(self) -> bool:
         """Whether any rank was asked to end. Every rank calls it."""

@@ -23,7 +23,7 @@ from minigpt.arguments import TrainConfig
 from minigpt.config import save_yaml
 from minigpt.distributed import is_main, say
 from minigpt.files import remove, whole_file, writing_to
-from minigpt.training.checkpoint import CHECKPOINTS, find_checkpoint
+from minigpt.training.checkpoint import CHECKPOINTS, find_checkpoint, remove_unfinished
 from minigpt.training.preemption import EXIT_CODE
 
 CONFIG, METRICS, LOSS_PICTURE, EXPORT, EXPORT_BEST = "config.yaml", "metrics.jsonl", "loss.png", "export", "export-best"
@@ -56,7 +56,7 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        if find_checkpoint(folder, config.resume) is None:  # refused now, and not after the data was read
+        if not goes_on(folder, find_checkpoint(folder, config.resume)):  # refused now, not after the data was read
             _held(folder, config)
         try:
             yield folder
@@ -84,16 +84,17 @@ def start_run(config: TrainConfig, folder: Path, resumed_from: Path | None = Non
         FileExistsError: the folder holds a run, and `overwrite_output_dir` is not set, or this run reads from that one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if resumed_from is None:
+    if not goes_on(folder, resumed_from):
         for name in _held(folder, config):
             remove(folder / name)
-    else:
+    if resumed_from is not None:
         history = resumed_from.parent.parent / METRICS
         lines = history.read_bytes()[:metrics_bytes] if history.exists() else b""
         with whole_file(folder / METRICS) as path:
             path.write_bytes(lines)
     for name in (LOSS_PICTURE, PREEMPTED):
         remove(folder / name)
+    remove_unfinished(folder)
     # How this start came about is not the run's.
     save_yaml(replace(config, resume=None, overwrite_output_dir=False), folder / CONFIG)
 
@@ -105,6 +106,11 @@ def leave(folder: Path, checkpoint: Path, signal: str | None) -> None:
         content = {"checkpoint": str(checkpoint), "signal": signal or "on another rank", "exit_code": EXIT_CODE}
         with whole_file(folder / PREEMPTED) as path:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def goes_on(folder: Path, checkpoint: Path | None) -> bool:
+    """Whether the checkpoint is one of this folder's own run."""
+    return checkpoint is not None and checkpoint.resolve().parent.parent == folder.resolve()
 
 
 def _held(folder: Path, config: TrainConfig) -> list[str]:

@@ -89,6 +89,25 @@ def test_a_dealt_window_is_whole_and_sorted():
     assert lists(deal([5, 5, 1, 5], 2)) == [[2, 0], [1, 3]]  # equal lengths stay in order
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_ranks_get_equally_many_micro_batches_and_together_the_window(world_size, micro_batch_size):
+    draw = np.random.default_rng(0)
+    for size in range(1, 20):
+        lengths = draw.integers(1, 50, size)
+        ranks = [deal(lengths, micro_batch_size, rank, world_size) for rank in range(world_size)]
+        turns = [lists(turn) for turn in zip(*ranks, strict=True)]  # strict: every rank makes the same number of turns
+        dealt = [places for turn in turns for places in turn]
+        full = [places for places in dealt if places]
+        assert full == lists(deal(lengths, micro_batch_size))  # the same micro-batches as one rank's, in turns
+        assert all(places == [] for places in dealt[len(full) :])  # only the last turn falls short
+        assert len(dealt) - len(full) < world_size
+
+
+def test_an_empty_window_is_nothing_for_anybody():
+    assert [deal([], 2, rank, 3) for rank in range(3)] == [[], [], []]
+
+
 @pytest.mark.parametrize(("size", "count"), [(10, 3), (10, 10), (3, 10), (1, 4), (7, 1)])
 def test_replayed_rows_go_round_evenly(size, count):
     rows = np.concatenate([replay_rows(size, count, 5, step) for step in range(60)])
@@ -106,4 +125,4 @@ def test_replayed_rows_depend_on_seed_and_step_alone():
 
 
 def test_docstring_example():
-    assert doctest.testmod(module) == doctest.TestResults(failed=0, attempted=1)
+    assert doctest.testmod(module) == doctest.TestResults(failed=0, attempted=2)

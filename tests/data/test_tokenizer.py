@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -319,6 +320,47 @@ def test_ids_that_would_merge_otherwise_are_refused(tmp_path):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"abc": 256, b"ab": 257, b"bc": 258}
     with pytest.raises(ValueError, match=r"no two tokens of lower ids make b'abc'"):
         Tokenizer(ranks, {END_OF_TEXT: 259})
+
+
+def naive_last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """Byte-pair encoding of a token by the lower ranks, step by step, until two parts are left."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        unions = [ranks.get(left + right, ranks[token]) for left, right in pairwise(parts)]
+        lowest = min(unions)
+        if lowest >= ranks[token]:
+            return None
+        i = unions.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def test_last_merges_are_those_of_plain_byte_pair_encoding():
+    """On small alphabets, where tokens overlap themselves and each other; ids in the order of merging or not."""
+    refused, seeds = 0, 1500
+    for seed in range(seeds):
+        rng = random.Random(seed)
+        parts = [b"a", b"b", b"c"][: rng.choice((1, 2, 2, 3))]
+        merged: list[bytes] = []
+        for _ in range(rng.randint(1, 14)):
+            token = rng.choice(parts) + rng.choice(parts)
+            if token not in parts and len(token) < 12:
+                parts.append(token)
+                merged.append(token)
+        if seed % 3 == 0:  # a part is missing, or another order
+            merged.remove(rng.choice(merged))
+            rng.shuffle(merged)
+        ids = rng.sample(range(600), 256 + len(merged)) if seed % 2 else range(256 + len(merged))
+        named = [*zip((bytes([byte]) for byte in range(256)), ids), *zip(merged, sorted(ids[256:]))]
+        ranks = dict(sorted(named, key=lambda item: item[1]))
+        expected = [naive_last_merge(token, ranks) for token in ranks if len(token) > 1]
+        if None in expected:
+            refused += 1
+            with pytest.raises(ValueError, match="x: no two tokens of lower ids make"):
+                module._last_merges(ranks, "x")
+        else:
+            assert module._last_merges(ranks, "x") == expected
+    assert seeds / 4 < refused < seeds * 3 / 4
 
 
 RANK_LINES = {

@@ -1,6 +1,11 @@
-"""The exported folder, opened by minigpt and by transformers."""
+"""The exported folder, opened by minigpt and by transformers; checkpoints on a disk that is full."""
 
 import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +13,16 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
+from minigpt.arguments import TrainConfig
+from minigpt.data.collate import collate
 from minigpt.data.prompts import get_template
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.distributed import OtherRankFailed, is_main, sum_over_ranks
 from minigpt.model.gpt2 import GPT, GPTConfig
-from minigpt.training.checkpoint import export
+from minigpt.training.checkpoint import SPARE_BYTES, export, load_checkpoint, save_checkpoint
+from minigpt.training.engine import Engine, make_engine
+
+from ..ranks import on_ranks
 
 TEMPLATE = get_template("alpaca", output="Answer")
 FILES = [
@@ -147,3 +158,109 @@ def test_numbers_in_the_files(folder, tokenizer):
     assert (config["model_type"], config["architectures"], config["dtype"]) == ("gpt2", ["GPT2LMHeadModel"], "float32")
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation == {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here, which takes root: a full disk is not tried")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def stepped_engine(settings: dict) -> Engine:
+    """An engine of 0.1 million parameters, after a step: all that a checkpoint has is there."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(61, n_positions=32, n_embd=64, n_layer=2, n_head=2))
+    engine = make_engine(model, TrainConfig(**settings))
+    nll_sum, n_tokens = engine(collate([[1, 2, 3, 4]], 0))
+    engine.backward(nll_sum / n_tokens, last=True)
+    engine.step(1e-3)
+    return engine
+
+
+def save_while_the_disk_fills(disk: Path, settings: dict) -> list[tuple[int, str, list[str]]]:
+    """Another process fills the disk but for so many tenths of what a save takes, once its space was checked.
+
+    Returns what became of each save, and what lay in the folder then.
+    """
+    engine = stepped_engine(settings)
+    run, ballast = disk / "run", disk / "ballast"
+    files = list(save_checkpoint(run, 1, engine, {"step": 1}).rglob("*"))
+    size = sum(path.stat().st_blocks * 512 for path in files if path.is_file())
+    assert size - SPARE_BYTES < engine.checkpoint_bytes <= size  # what an error will say of it
+    found, real_save = [], engine.save
+
+    def save(folder: Path) -> None:
+        if is_main():
+            ballast.write_bytes(bytes(shutil.disk_usage(disk).free - size * tenths // 10))
+        sum_over_ranks(0)
+        real_save(folder)
+
+    engine.save = save
+    for tenths in range(10):
+        try:
+            save_checkpoint(run, 2, engine, {"step": 2})
+            message = "saved"
+        except (OSError, OtherRankFailed) as error:
+            message = f"{type(error).__name__}: {error}"
+        sum_over_ranks(0)
+        found.append((tenths, message, sorted(path.name for path in (run / "checkpoints").iterdir())))
+        sum_over_ranks(0)
+        if is_main():
+            ballast.unlink()
+    engine.save = real_save
+    assert load_checkpoint(run / "checkpoints" / "step-1", engine, seed=0)["step"] == 1
+    assert save_checkpoint(run, 2, engine, {"step": 2}, keep=1).name == "step-2"
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, None), (2, None), (2, 0), (2, 2), (2, 3)])
+def test_a_disk_that_fills_in_the_middle_of_a_save_costs_that_save_alone(disk, tmp_path, ranks, stage):
+    """On every rank: one that failed alone left the others waiting for it."""
+    settings = {}
+    if stage is not None:
+        settings["deepspeed"] = str(tmp_path / "deepspeed.json")
+        (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    results = on_ranks(ranks, save_while_the_disk_fills, disk, settings, timeout=60)
+    for outcomes in zip(*results, strict=True):
+        for tenths, message, names in outcomes:
+            assert names == ["step-1"], (tenths, message)
+        messages = [message for _, message, _ in outcomes]
+        assert not {"saved"} & {*messages}
+        errors = [message for message in messages if not message.startswith("OtherRankFailed: ")]
+        for message in errors:
+            assert re.fullmatch(
+                rf"OSError: {disk}/run/checkpoints/step-2: cannot be written \((.|\n)+\); it needs [\d,]+ bytes, "
+                r"and [\d,]+ are free; earlier checkpoints stand \(--save_total_limit keeps fewer\)",
+                message,
+            )
+        assert errors
+    assert sorted(path.name for path in (disk / "run" / "checkpoints").iterdir()) == ["step-2"]
+
+
+def test_too_little_space_is_told_before_anything_is_written(disk, monkeypatch):
+    engine = stepped_engine({})
+    save_checkpoint(disk, 1, engine, {"step": 1})
+    monkeypatch.setattr(engine, "save", None)  # not reached
+    free = shutil.disk_usage(disk).free
+    (disk / "ballast").write_bytes(bytes(free - engine.checkpoint_bytes - SPARE_BYTES + 4096))
+    with pytest.raises(OSError) as caught:
+        save_checkpoint(disk, 2, engine, {"step": 2})
+    parameters = engine.module.num_parameters()
+    assert str(caught.value) == (
+        f"{disk}/checkpoints/step-2: cannot be written (too little space); it needs {12 * parameters + 2**20:,} bytes, "
+        f"and {shutil.disk_usage(disk).free:,} are free; earlier checkpoints stand (--save_total_limit keeps fewer)"
+    )
+    assert [path.name for path in (disk / "checkpoints").iterdir()] == ["step-1"]
+    (disk / "ballast").unlink()
+    monkeypatch.undo()
+    assert save_checkpoint(disk, 2, engine, {"step": 2}).is_dir()

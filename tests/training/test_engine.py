@@ -45,10 +45,3 @@ def test_a_step_clips_applies_and_clears(model):
     assert torch.cat([g.flatten() for g in seen["grads"]]).norm().item() == pytest.approx(0.5, rel=1e-4)
     assert {group["lr"] for group in engine.optimizer.param_groups} == {0.125}
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_several_processes_are_refused(model, monkeypatch):
-    """Until the engine reduces over ranks, each would train a model of its own and write over the others."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were started, and this version trains in one"):
-        make_engine(model, TrainConfig())

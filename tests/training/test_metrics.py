@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minigpt.training.metrics import Metrics, draw_losses
+from minigpt.training.metrics import Metrics, draw_losses, losses_of
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
@@ -41,3 +41,23 @@ def test_the_picture_is_drawn_also_where_a_run_breaks_off(tmp_path):
         raise FloatingPointError
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "loss.png").exists()
+
+
+def test_a_run_that_goes_on_writes_on_and_knows_how_much_there_is(tmp_path, capsys):
+    line = {"loss": 3.5, "lr": 1e-3, "grad_norm": 1.0, "tokens": 10, "tokens_per_s": 1.0}
+    with Metrics(tmp_path, total_steps=40, logging_steps=10) as metrics:
+        metrics.log({"step": 1, **line})
+        metrics.log({"step": 2, **line})
+        assert metrics.bytes_on_disk() == (tmp_path / "metrics.jsonl").stat().st_size > 0
+    capsys.readouterr()
+    with Metrics(tmp_path, total_steps=40, logging_steps=10, first_step=2) as metrics:
+        assert metrics.bytes_on_disk() == (tmp_path / "metrics.jsonl").stat().st_size
+        for step in range(3, 13):
+            metrics.log({"step": step, **line})
+        assert metrics.bytes_on_disk() == (tmp_path / "metrics.jsonl").stat().st_size
+    assert [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        *range(1, 13)
+    ]
+    assert [text.split()[1] for text in capsys.readouterr().out.splitlines()] == ["3/40", "10/40"]
+    assert losses_of(tmp_path / "metrics.jsonl") == [3.5] * 12
+    assert losses_of(tmp_path / "none.jsonl") == []

@@ -14,6 +14,7 @@ import pytest
 
 from minigpt.arguments import DataArguments, ModelArguments, TrainConfig
 from minigpt.config import parse
+from minigpt.training.checkpoint import find_checkpoint
 from minigpt.training.run import run_folder, start_run
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     code = f"""
 import time
 from minigpt.arguments import TrainConfig
+from minigpt.training.checkpoint import find_checkpoint
 from minigpt.training.run import run_folder
 with run_folder(TrainConfig(output_dir={str(tmp_path)!r}), "unused"):
     print("claimed", flush=True)
@@ -225,6 +227,91 @@ def test_an_error_that_is_not_of_writing_is_left_as_it_is(tmp_path):
         run_folder(config(tmp_path), "unused"),
     ):
         raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+
+# ---- a run that goes on
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """What the run folder sees of a checkpoint."""
+    folder = run / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+LINES = "".join(f'{{"step": {step}, "loss": 2.5}}\n' for step in range(1, 10))
+
+
+def test_what_was_written_past_the_checkpoint_is_cut(tmp_path):
+    """A killed run's lines of steps 4 to 9, half a line among them, stood before the same steps once more."""
+    finish(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(LINES + '{"step": 10, "lo')
+    (tmp_path / "preempted.json").write_text("{}")
+    checkpoint = checkpoint_of(tmp_path, 3)
+    checkpoint_of(tmp_path, 6).rename(tmp_path / "checkpoints" / "step-6.tmp")
+    settings = config(tmp_path, resume="latest", seed=7)
+    with run_folder(settings, "unused") as folder:
+        start_run(settings, folder, checkpoint, metrics_bytes=len(LINES) // 3)
+    assert (tmp_path / "metrics.jsonl").read_text() == LINES[: len(LINES) // 3]
+    assert contents(tmp_path) == [
+        *(".lock", "checkpoints/step-3/manifest.json", "config.yaml", "export/model.safetensors", "metrics.jsonl")
+    ]
+    assert "seed: 7\n" in (tmp_path / "config.yaml").read_text()
+    assert "resume: null\n" in (tmp_path / "config.yaml").read_text()  # --config repeats the run, not the resuming
+
+
+def test_a_branch_takes_the_history_along_and_leaves_it_there(tmp_path):
+    finish(tmp_path / "a")
+    (tmp_path / "a" / "metrics.jsonl").write_text(LINES)
+    checkpoint = checkpoint_of(tmp_path / "a", 3)
+    settings = config(tmp_path / "b", resume=str(checkpoint))
+    with run_folder(settings, "unused") as folder:
+        start_run(settings, folder, checkpoint, metrics_bytes=len(LINES) // 3)
+    assert (tmp_path / "b" / "metrics.jsonl").read_text() == LINES[: len(LINES) // 3]
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == LINES
+    assert contents(tmp_path / "b") == [".lock", "config.yaml", "metrics.jsonl"]
+
+
+def test_a_folder_with_checkpoints_says_how_to_go_on(tmp_path):
+    finish(tmp_path)
+    checkpoint_of(tmp_path, 3)
+    with pytest.raises(FileExistsError) as caught, begun(config(tmp_path), "unused"):
+        pass
+    assert str(caught.value) == (
+        f"{tmp_path}: holds a run (config.yaml, metrics.jsonl, checkpoints, export); "
+        "--resume latest goes on from its checkpoint, or --overwrite_output_dir"
+    )
+    with begun(config(tmp_path, overwrite_output_dir=True), "unused"):
+        assert contents(tmp_path) == [".lock", "config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("resume", "found"),
+    [
+        (None, None),
+        ("latest", "step-10"),
+        ("auto", "step-10"),
+        ("checkpoints/step-10/", "step-10"),
+        ("checkpoints/step-9", "FileExistsError"),
+        ("checkpoints/step-12.tmp", "FileNotFoundError"),
+        ("checkpoints", "FileNotFoundError"),
+    ],
+)
+def test_which_checkpoint_a_run_goes_on_from(tmp_path, monkeypatch, resume, found):
+    """In the order of steps, not of names; what was not finished, or is no folder of a step, is none."""
+    monkeypatch.chdir(tmp_path)
+    for step in (9, 10, 12):
+        checkpoint_of(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-12").rename(tmp_path / "checkpoints" / "step-12.tmp")
+    (tmp_path / "checkpoints" / "step-11").mkdir()
+    (tmp_path / "checkpoints" / "step-x").mkdir()
+    try:
+        checkpoint = find_checkpoint(tmp_path, resume)
+    except OSError as error:
+        assert type(error).__name__ == found
+    else:
+        assert (checkpoint and checkpoint.name) == found
 
 
 def test_only_the_first_rank_touches_the_folder(tmp_path, monkeypatch):
