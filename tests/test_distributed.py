@@ -2,7 +2,18 @@
 
 import pytest
 
-from minigpt.distributed import is_main, pick_device, rank, say, world_size
+from minigpt.distributed import (
+    all_or_none,
+    is_main,
+    pick_device,
+    rank,
+    say,
+    start_process_group,
+    sum_over_ranks,
+    world_size,
+)
+
+from .ranks import on_ranks
 
 
 def test_one_process_is_the_first_of_one(monkeypatch, capsys):
@@ -31,3 +42,43 @@ def test_a_device_that_is_not_there_is_named(name):
     with pytest.raises(ValueError) as caught:
         pick_device(name)
     assert str(caught.value) == f"--device {name}: this PyTorch has no such device here (cuda, cpu or mps)"
+
+
+def test_several_processes_on_one_apple_gpu_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, and mps is one device: use --device cpu"):
+        start_process_group("mps")
+
+
+def sums():
+    start_process_group("cpu")
+    start_process_group("cpu")  # once is enough, twice does no harm
+    return sum_over_ranks(rank(), 2**40 + 1, 0.5)
+
+
+def test_sums_over_ranks_are_exact():
+    """In fp32 a count of tokens is exact up to 2^24."""
+    assert on_ranks(3, sums) == [[3, 3 * (2**40 + 1), 1.5]] * 3
+    assert sum_over_ranks(1, 2.5) == [1, 2.5]  # alone, and without a process group
+
+
+def one_rank_fails(failing):
+    start_process_group("cpu")
+    try:
+        with all_or_none():
+            if rank() in failing:
+                raise ValueError(f"rank {rank()}: the disk is full")
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def test_what_one_rank_fails_at_all_fail_at():
+    """The others waited for it in the next collective, for half an hour."""
+    other = ("OtherRankFailed", "rank {} stops, because 1 of 3 ranks failed")
+    assert on_ranks(3, one_rank_fails, (1,)) == [
+        (other[0], other[1].format(0)),
+        ("ValueError", "rank 1: the disk is full"),
+        (other[0], other[1].format(2)),
+    ]
+    assert on_ranks(2, one_rank_fails, ()) == [None, None]

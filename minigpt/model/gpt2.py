@@ -129,9 +129,12 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,T,3,nh,hs) -> 3 x (B,nh,T,hs)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)  # (B,nh,T,hs) -> (B,nh,S,hs)
+            q = q.to(k.dtype)
         dropout = self.attn_pdrop if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B,nh,T,hs) -> (B,T,C)
+        if cache is not None:  # which may be narrower; in training autocast decides
+            y = y.to(x.dtype)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -175,6 +178,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.lm_head: nn.Module | None = None  # tied to wte, unless `inference.fast` packed it
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -197,17 +201,17 @@ class GPT(nn.Module):
         *,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
-        last_only: bool = False,
+        last_only: bool | Tensor = False,
     ):
         """Logits, or the loss.
 
         Args:
             idx: (B,T) token ids.
             targets: (B,T) ids to predict; -100 is ignored, and the head is not computed there.
-            positions: (T,) or (B,T); None counts from 0, or from where the cache ends. With a cache, -1 marks
-                left padding.
+            positions: (T,) or (B,T); None counts from 0, or from where the cache ends.
             cache: filled with this call's keys and values, and read.
-            last_only: logits of the last position only.
+            last_only: logits of the last position only; or a (B,) tensor that says which one of each row, where rows
+                of different lengths are padded on the right.
 
         Returns:
             Without targets logits (B,T,V), with `last_only` (B,1,V). With targets `(nll_sum, n_tokens)`: the summed
@@ -227,7 +231,7 @@ class GPT(nn.Module):
             prefill = cache.length == 0 and positions.dim() == 1  # from nothing: plain causal attention will do
             cache.extend(positions)
             mask = None if prefill or (T == 1 and positions.dim() == 1) else cache.mask(positions)
-        x = self.drop(self.wte(idx) + self.wpe(positions.clamp(min=0)))  # (B,T) -> (B,T,C)
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B,T) -> (B,T,C)
         recompute = self.gradient_checkpointing and self.training and cache is None
         for block in self.h:
             if recompute:  # with early stop, the default: without it ZeRO-3 releases weights that backward is reading
@@ -237,7 +241,11 @@ class GPT(nn.Module):
         x = self.ln_f(x)
         if targets is not None:
             return linear_cross_entropy(x, self.wte.weight, targets)
-        return F.linear(x[:, -1:] if last_only else x, self.wte.weight)  # (B,T,C) -> (B,T,V)
+        if isinstance(last_only, Tensor):
+            x = x[torch.arange(len(x), device=x.device), last_only][:, None]  # (B,T,C) -> (B,1,C)
+        elif last_only:
+            x = x[:, -1:]  # (B,T,C) -> (B,1,C)
+        return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)  # (B,T,C) -> (B,T,V)
 
     def gradient_checkpointing_enable(self) -> None:
         """From now on, training keeps only each block's input and computes the rest again in backward.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 2**25  # logits held at a time: 128 MB in fp32
+CHUNK_ROWS = 1024  # and no more tokens, whose gradients of one word fp16 may have to sum up: it ends at 65504
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def _loss_and_gradients(
     nll_sum = torch.zeros((), dtype=precise, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if gradients else None
     d_weight = torch.zeros_like(weight, dtype=precise) if gradients else None
-    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    rows = max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // weight.shape[0]))
     for start in range(0, hidden.shape[0], rows):
         chunk, target = hidden[start : start + rows], targets[start : start + rows, None]  # (n,C), (n,1)
         logits = (chunk @ weight.t()).to(precise)  # (n,C) @ (C,V) -> (n,V)

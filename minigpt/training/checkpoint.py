@@ -58,7 +58,8 @@ def save_checkpoint(run: Path, step: int, engine: Engine, progress: dict[str, An
             _save_random_state(temporary / f"rng-{rank()}.safetensors")
         with all_or_none():
             if is_main():
-                (temporary / TRAINER).write_text(json.dumps({**progress, "world_size": world_size()}, indent=2) + "\n")
+                content = {**progress, "step": step, "world_size": world_size()}
+                (temporary / TRAINER).write_text(json.dumps(content, indent=2) + "\n")
                 _commit(temporary, folder, step)
     except Exception as error:
         if is_main():  # it fails where any rank fails
@@ -138,6 +139,9 @@ def find_checkpoint(run: Path, resume: str | None) -> Path | None:
 def _commit(temporary: Path, folder: Path, step: int) -> None:
     """Manifest, disk, rename: from here on it is a checkpoint."""
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    for other in range(world_size()):
+        if temporary / f"rng-{other}.safetensors" not in files:
+            raise OSError(f"what rank {other} wrote is not here: the run's folder must lie on storage that all share")
     with ThreadPoolExecutor() as pool:
         sums = dict(zip(files, pool.map(_sha256, files), strict=True))
     names = {
@@ -157,6 +161,13 @@ def _verify(folder: Path) -> None:
     files = read_json(folder / MANIFEST).get("files")
     if not files:
         raise ValueError(f"{folder / MANIFEST}: names no files; remove {folder}, and --resume takes the one before")
+    found_here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+    if strangers := sorted(found_here - set(files)):  # DeepSpeed opens what it finds, pickles too
+        raise ValueError(
+            f"{folder / strangers[0]}: not of this checkpoint, whose {MANIFEST} does not name it: remove it"
+        )
+    if outside := sorted(name for name in files if ".." in Path(name).parts or Path(name).is_absolute()):
+        raise ValueError(f"{folder / MANIFEST}: names {outside[0]}, which is not in its folder; remove {folder}")
     with ThreadPoolExecutor() as pool:
         for name, found in zip(files, pool.map(lambda name: _sha256(folder / name), files), strict=True):
             if found != files[name]["sha256"]:

@@ -264,6 +264,8 @@ def _precision(file: _File) -> None:
         # Summed in half precision, the gradients of small micro-batches vanish beside the sum: 1 + 2^-9 is 1 in bf16.
         types = file.section("data_types")
         file.content["data_types"] = {"grad_accum_dtype": "fp32", **_without_auto(types)}
+        # And rounded once more where the ranks add them up, they differ from one rank's in the second digit.
+        file.content["communication_data_type"] = file.get("communication_data_type") or "fp32"
 
 
 def _batches(file: _File, world_size: int) -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class DeepSpeedEngine:
         self.module = model
         deepspeed = import_deepspeed(self.device.type)
         settings = deepspeed_config(config, model.config.n_embd, world_size(), self.device.type)
-        self.stage = settings["zero_optimization"]["stage"]
+        self.version, self.zero = deepspeed.__version__, deepcopy(settings["zero_optimization"])
+        self.stage = self.zero["stage"]
         self.dtype = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
         weights = 0 if self.stage in (0, 3) else 4 if self.dtype == "fp32" else 2  # beside fp32 ones and the moments
         self.checkpoint_bytes = model.num_parameters() * (STATE_BYTES + 12 + weights)
@@ -54,7 +56,7 @@ class DeepSpeedEngine:
         settings["gradient_accumulation_steps"] = max(2, settings["gradient_accumulation_steps"])
         settings.pop("train_batch_size", None)
         optimizer = None if "optimizer" in settings else make_optimizer(model, config)
-        exact = {} if self.dtype == "fp32" else {name: p.detach().to("cpu") for name, p in model.named_parameters()}
+        exact = [] if self.dtype == "fp32" else [parameter.detach().to("cpu") for parameter in model.parameters()]
         with _quiet():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
@@ -64,8 +66,8 @@ class DeepSpeedEngine:
                 dist_init_required=False,
             )
         with torch.no_grad():  # DeepSpeed rounds the weights first, and takes its fp32 ones from those
-            for name, parameter in model.named_parameters() if exact else ():
-                self._set_weight(parameter, exact[name].to(self.device))
+            for parameter, value in zip(model.parameters(), exact):
+                self._set_weight(parameter, value.to(self.device))
         if self.dtype == "fp16":  # the loop ends the run, and says why
             self.optimizer.loss_scaler.raise_error_at_min_scale = False
         say(f"DeepSpeed: ZeRO stage {self.stage}, {self.dtype}, {world_size()} ranks")
@@ -143,7 +145,8 @@ class DeepSpeedEngine:
         return {
             "engine": "deepspeed",
             "world_size": world_size(),
-            "zero_stage": self.stage,
+            "version": self.version,
+            "zero_optimization": self.zero,
             "dtype": self.dtype,
             "optimizer": f"{type(self.optimizer).__name__}, {type(self._adam).__name__}",
             "adam_steps": self._adam_steps(),

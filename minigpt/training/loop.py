@@ -197,10 +197,10 @@ def train(
             info = engine.step(lr)
             result.skipped_steps += info.skipped
             skipped_in_a_row = skipped_in_a_row + 1 if info.skipped else 0
-            if info.skipped and (info.loss_scale == 1.0 or skipped_in_a_row == MAX_SKIPPED_IN_A_ROW):
+            if info.skipped and (not config.fp16 or skipped_in_a_row == MAX_SKIPPED_IN_A_ROW):
                 reason = f"the gradient norm is {info.grad_norm}"
-                if info.loss_scale != 1.0:
-                    reason += f", {skipped_in_a_row} times in a row, at loss scale {info.loss_scale:g}"
+                if config.fp16:
+                    reason += f", {skipped_in_a_row} times in a row, at loss scale {info.loss_scale:g} now"
                 raise FloatingPointError(_why_not_finite(engine.module, step, reason, lr, losses))
 
             # ---- metrics and evaluation
@@ -283,7 +283,7 @@ def _begin(
         _check_order(checkpoint, progress["order"], order)
         metrics_bytes = progress["metrics_bytes"]
         result = TrainResult(**progress["result"])
-        if not goes_on(output_dir, checkpoint):  # a branch: the best lies in the other folder
+        if not goes_on(output_dir, checkpoint) and result.best_step != result.steps:  # it lies in the other folder
             result.best_val_loss = result.best_step = None
         say(f"{checkpoint}: going on after step {result.steps:,} of {total_steps:,}")
     with all_or_none():

@@ -284,12 +284,13 @@ def _buffers(
     if stage == 1 and precision == "bf16" and fp32_sums:  # BF16_Optimizer reduces copies in fp32 and in bf16
         return (4 + 2) * min(n_parameters, BUCKET_SIZE)
     width = 4 if precision == "fp32" else 2
+    travelling = 4 if precision == "fp32" else 2 + 4  # a half-precision bucket, and its fp32 copy for the other ranks
     bucket = float(zero.get("reduce_bucket_size", BUCKET_SIZE))
     if stage == 3:
         live = min(n_parameters, float(zero.get("stage3_max_live_parameters", 1e9)))
         prefetch = min(n_parameters, float(zero.get("stage3_prefetch_bucket_size", 5e7)))
-        return width * (bucket + live + prefetch)
-    bucket *= (4 if stage == 1 and fp32_sums else width) * (2 if zero.get("overlap_comm") else 1)
+        return travelling * bucket + width * (live + prefetch)
+    bucket *= (4 if stage == 1 and fp32_sums else travelling) * (2 if zero.get("overlap_comm") else 1)
     if stage == 2 and not fp32_sums:  # beside the sum: what a micro-batch adds to it, and a flat copy
         bucket += 2 * width * n_parameters / gpus
     return bucket

@@ -9,7 +9,7 @@ import signal
 import threading
 from types import FrameType
 
-from minigpt.distributed import sum_over_ranks
+from minigpt.distributed import sum_over_ranks, world_size
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
@@ -41,8 +41,8 @@ class Preemption:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.heard = signal.Signals(number).name
-        if number == signal.SIGINT:  # the second one is immediate
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:  # the second one is immediate, also where a rank waits for the others
+            signal.signal(signal.SIGINT, signal.default_int_handler if world_size() == 1 else signal.SIG_DFL)
         with contextlib.suppress(OSError):  # and not print, which fails where it interrupts another print
             os.write(2, f"\n{self.heard}: the step is finished and saved, then this run ends\n".encode())
 

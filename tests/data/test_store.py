@@ -279,7 +279,7 @@ def test_text_store_is_keyed_too(tmp_path, cache, builds):
 
 def stream_of(length: int) -> SimpleNamespace:
     """A store whose every token is its own place."""
-    return SimpleNamespace(ids=np.arange(length, dtype=np.uint16))
+    return SimpleNamespace(fingerprint="", ids=np.arange(length, dtype=np.uint16))
 
 
 def naive_blocks(ids: list[int], block_size: int, stride: int) -> list[list[int]]:
@@ -335,7 +335,7 @@ def test_a_stride_that_skips_or_stands_still_is_refused(stride):
 
 def fake_store(size: int) -> list[Example]:
     class Store(list):
-        lengths, prompt_lengths = np.arange(size) + 2, np.arange(size) * 3
+        lengths, prompt_lengths, fingerprint = np.arange(size) + 2, np.arange(size) * 3, "store"
 
     return Store(Example([n, n + 1], [True, True]) for n in range(size))
 

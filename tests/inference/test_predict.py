@@ -1,5 +1,6 @@
 """Answers for a dataset and their scores, by a model that knows eight answers by heart."""
 
+import copy
 import json
 
 import pytest
@@ -11,10 +12,15 @@ from minigpt.data.dataset import encode_example
 from minigpt.data.prompts import get_template
 from minigpt.data.records import Conversation
 from minigpt.data.store import Blocks, build_store, build_text_store
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.distributed import rank
 from minigpt.inference.predict import Scores, predict, predict_file, score, show_answers, show_text
+from minigpt.inference.sampling import generate
 from minigpt.model.gpt2 import GPT, GPTConfig
 from minigpt.training.engine import make_engine
 from minigpt.training.loop import train
+
+from ..ranks import on_ranks
 
 TEMPLATE = get_template("io")
 ROWS = [
@@ -210,3 +216,46 @@ def test_show_text(model, tokenizer, tmp_path, capsys):
     show_text(model, tokenizer, data, 0, seed=1)
     show_text(model, tokenizer, None, 8, seed=1)
     assert capsys.readouterr().out == ""
+
+
+def trained_beside_answers(folder, rows, stage: int) -> tuple[int, list[int]]:
+    """On every rank: two steps under ZeRO, with answers shown before, between and after. Rank 1 would stop at once."""
+    store = build_store([str(rows)], TEMPLATE, Tokenizer.tiny(), 64, cache_dir=folder / "cache")
+    tokenizer = copy.copy(Tokenizer.tiny())
+    config = TrainConfig(max_steps=2, eval_steps=1, per_device_train_batch_size=2, deepspeed=str(folder / "zero.json"))
+    torch.manual_seed(0)
+    engine = make_engine(GPT(GPTConfig(tokenizer.vocab_size, n_positions=64, n_embd=32, n_layer=2, n_head=2)), config)
+    rounds: list[int] = []
+
+    def show(module: GPT, step: int) -> None:
+        [first] = generate(module, [[1, 2, 3]], max_new_tokens=1)
+        tokenizer.eot_id = first[0] if rank() == 1 else Tokenizer.tiny().eot_id
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        hook = module.h[0].register_forward_hook(count)
+        show_answers(module, step, tokenizer, store, count=2, max_new_tokens=6)
+        hook.remove()
+        rounds.append(calls)
+
+    try:
+        return train(config, engine, store, store, on_eval=show).steps, rounds
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("threshold", [0, 100_000], ids=["all weights in parts", "small weights whole"])
+def test_answers_under_zero_3_end_together_and_training_goes_on(tmp_path, threshold):
+    """A rank whose answer ended gathered no more weights, and the others waited for it for ever; and weights gathered
+    while answering were of no use to backward."""
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(ALPACA))
+    zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    found = on_ranks(2, trained_beside_answers, tmp_path, rows, 3)
+    assert found[0] == found[1]
+    assert found[0][0] == 2
+    assert len(set(found[0][1])) == 1

@@ -174,23 +174,40 @@ def test_cached_equals_uncached_piece_by_piece(folder):
     assert relative(torch.cat(pieces, dim=1), whole) < 1e-5
 
 
-def test_left_padded_rows_equal_the_rows_alone(folder):
-    """Learned positions that count the padding shift every row but the longest (transformers issue 3021)."""
+def test_rows_of_different_lengths_equal_the_rows_alone(folder):
+    """Positions that count a left padding shift every row but the longest (transformers issue 3021)."""
     model = GPT.from_pretrained(folder)
     rows = [torch.randint(0, 331, (n,)) for n in (5, 17, 1)]
-    idx = torch.stack([F.pad(row, (17 - len(row), 0)) for row in rows])
-    positions = torch.stack([torch.arange(17) - (17 - len(row)) for row in rows]).clamp(min=-1)
-    cache = KVCache(model.config, 3, 24)
+    idx = torch.stack([F.pad(row, (0, 17 - len(row)), value=7) for row in rows])
+    cache = KVCache(model.config, 4, 24)
     with torch.no_grad():
-        logits = model(idx, positions=positions, cache=cache, last_only=True)[:, 0]
+        model(torch.randint(0, 331, (4, 20)), cache=cache)  # what lies in the cache from before
+        last = torch.tensor([len(row) - 1 for row in rows])
+        logits = model(idx, cache=cache.rows(1, 4), last_only=last)
+        assert logits.shape == (3, 1, 331)
         for index, row in enumerate(rows):
-            assert relative(logits[index], model(row[None])[0, -1]) < 1e-5
+            assert relative(logits[index, 0], model(row[None])[0, -1]) < 1e-5
         more = torch.randint(0, 331, (3, 1))
-        cache.select(torch.tensor([2, 0]))
-        logits = model(more[[2, 0]], positions=positions[[2, 0], -1:] + 1, cache=cache, last_only=True)[:, 0]
-        for place, index in enumerate((2, 0)):
+        cache.copy_rows([3], [1], 0, 1)  # the last row takes the first one's place
+        positions = torch.tensor([[1], [17]])
+        logits = model(more[[2, 1]], positions=positions, cache=cache.rows(1, 3), last_only=True)[:, 0]
+        for place, index in enumerate((2, 1)):
             alone = model(torch.cat([rows[index], more[index]])[None])[0, -1]
             assert relative(logits[place], alone) < 1e-5
+
+
+def test_a_bf16_model_reads_its_cache_in_fp32_on_a_cpu(folder):
+    model, idx = GPT.from_pretrained(folder, dtype=torch.bfloat16), torch.randint(0, 331, (3, 30))
+    cache = KVCache.for_model(model, 3, 30)
+    assert cache.buffer.dtype == torch.float32
+    positions = torch.arange(12, 30).expand(3, -1)  # (B,T): the other way into the cache
+    with torch.no_grad():
+        whole = GPT.from_pretrained(folder)(idx)
+        pieces = [model(idx[:, :11], cache=cache), model(idx[:, 11:12], cache=cache)]
+        pieces.append(model(idx[:, 12:], positions=positions, cache=cache))
+        cached = torch.cat(pieces, dim=1)
+        assert cached.dtype == torch.bfloat16
+        assert relative(cached.float(), whole) < 1.1 * relative(model(idx).float(), whole) < 0.05
 
 
 def test_beyond_the_context_is_refused(folder):

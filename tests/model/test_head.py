@@ -75,6 +75,32 @@ def test_bf16_gradients_do_not_lose_precision_with_every_chunk(monkeypatch):
     assert errors[1] < 1.5 * errors[0] < 0.01
 
 
+def test_a_loss_scale_beyond_fp16_is_applied_in_fp32():
+    """fp16 ends at 65504, where loss scales begin: the gradient of the loss was infinite before it met the others."""
+    hidden, weight, targets = (tensor.detach() for tensor in case())
+    half = [(tensor * 0.02).half().requires_grad_() for tensor in (hidden, weight)]  # small: what comes out fits
+    exact = [tensor.detach().double().requires_grad_() for tensor in half]
+    scale = 2.0**17
+    nll_sum, _ = linear_cross_entropy(*half, targets)
+    found = torch.autograd.grad(nll_sum * scale, half)
+    expected = torch.autograd.grad(naive(*exact, targets) * scale, exact)
+    for got, wanted in zip(found, expected):
+        assert got.dtype == torch.float16
+        assert ((got - wanted).norm() / wanted.norm()).item() < 2e-3
+
+
+def test_a_frequent_word_does_not_overflow_before_it_is_averaged():
+    """Summed over 70,000 tokens, the gradient of one word is more than fp16 holds; their mean is 1."""
+    count, width, vocabulary = 70_000, 4, 97
+    hidden = torch.ones(1, count, width, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(vocabulary, width, dtype=torch.float16, requires_grad=True)
+    nll_sum, _ = linear_cross_entropy(hidden, weight, torch.zeros(1, count, dtype=torch.int64))
+    gradient = torch.autograd.grad(nll_sum / count, weight)[0]
+    p = 1 / vocabulary
+    torch.testing.assert_close(gradient[0], torch.full((width,), p - 1).half(), rtol=2e-3, atol=0)
+    torch.testing.assert_close(gradient[1], torch.full((width,), p).half(), rtol=1e-2, atol=0)
+
+
 def test_the_full_logits_never_exist(monkeypatch):
     """The point of it all: no tensor of (supervised tokens, vocabulary) is ever made."""
     hidden, weight, targets = case(length=400, vocabulary=1000)

@@ -78,6 +78,7 @@ def test_fp16_alone_is_the_ready_made_zero1_fp16(complete):
     alone = deepspeed_config(config, 64, 2, "cuda")
     assert alone == complete(ZERO1_FP16, "--fp16", world_size=2)[0]
     assert alone == {
+        "communication_data_type": "fp32",
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 1,
         "train_batch_size": 16,

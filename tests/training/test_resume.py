@@ -236,16 +236,18 @@ def test_another_seed_batch_or_data_is_refused_by_name(tmp_path):
     run = tmp_path / "run"
     on_ranks(1, small_run, run, {"max_steps": 3})
     refusal = f"ValueError: {run / 'checkpoints' / 'step-3'}: cannot go on from it, because "
+    how_it_is_cut = "--data, --template, --validation_split, --max_seq_length, ..."
     go_on = {"resume": "latest", "max_steps": 6}
-    assert refused(run, {**go_on, "seed": 7}) == refusal + "--seed changed: 42 then, 7 now"
+    assert refused(run, {**go_on, "seed": 7}) == refusal + "--seed changed: 42 then, 7 now; set it back"
     assert refused(run, {**go_on, "gradient_accumulation_steps": 3}) == (
-        refusal + "per_device_train_batch_size x gradient_accumulation_steps x ranks changed: 4 then, 6 now"
+        refusal
+        + "--per_device_train_batch_size x --gradient_accumulation_steps x ranks changed: 4 then, 6 now; set it back"
     )
     assert refused(run, {**go_on, "group_by_length": False}) == (
-        refusal + "--group_by_length changed: True then, False now"
+        refusal + "--group_by_length changed: True then, False now; set it back"
     )
     assert refused(run, go_on, count=28) == (
-        refusal + "the data, or how it is cut (--data, --validation_split, --max_seq_length, --block_size, ...) changed"
+        refusal + f"the data, or how it is cut ({how_it_is_cut}) changed; set it back"
     )
 
 

@@ -149,7 +149,7 @@ def check_exchange(source, target, folder):
 CHAIN = [*OTHERS, OTHERS[0]]
 
 
-@pytest.mark.parametrize(("source", "target"), [*zip(CHAIN, CHAIN[1:]), ((3, "zero3"), (2, "zero1"))])
+@pytest.mark.parametrize(("source", "target"), [*itertools.pairwise(CHAIN), ((3, "zero3"), (2, "zero1"))])
 def test_another_engine_goes_on_with_the_same_numbers(source, target, tmp_path):
     check_exchange(source, target, tmp_path)
 
@@ -163,7 +163,7 @@ def test_half_precision_takes_up_the_fp32_state(source, target, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "target"), itertools.permutations([*OTHERS, *HALF], 2))
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations([*OTHERS, *HALF], 2)))
 def test_every_engine_goes_on_from_every_other(source, target, tmp_path):
     check_exchange(source, target, tmp_path)
 

@@ -1,0 +1,148 @@
+"""A model's weights laid out for generation on a CPU.
+
+One token at a time, a model does little but read its weights, so what counts is how few bytes they are and how they
+lie. oneDNN reads them in blocks of its own; given the plain layout it walks through memory in strides, or reorders
+them at every call. `for_generation` reorders them once. With `quantize="int8"` they take a quarter of fp32's bytes:
+one byte a weight and one scale a row, in products with bf16 (weight-only quantization, as in Dettmers et al. 2022,
+arXiv:2208.07339, without its outliers).
+
+GPUs keep the plain path, and training never sees any of this.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.model.gpt2 import GPT
+
+QUANTIZATIONS = ("int8",)
+FEW_ROWS = 8  # up to that many, the product that unpacks int8 as it goes is the faster one
+PART = 3072  # rows of a weight that the other one unpacks at a time
+WHOLE_STEPS = 64  # the former walks along a row in vectors, and beyond its end where they do not fit
+
+
+def for_generation(model: GPT, quantize: str | None = None) -> GPT:
+    """The same model with its matrices packed; the one given stays as it is.
+
+    What is not a matrix is shared with it, and so is the token embedding, whose rows are looked up: the head tied to
+    it is a second, packed copy. Let go of the model given, and its other matrices are freed.
+
+    Args:
+        model: fp32 or bf16.
+        quantize: None packs the weights as they are, and returns the model itself where nothing can be packed (on a
+            GPU, or without oneDNN); "int8" rounds the matrices to 8 bits and computes in bf16. `perplexity` says what
+            that costs.
+
+    Raises:
+        ValueError: no such quantization.
+    """
+    if quantize not in (None, *QUANTIZATIONS):
+        raise ValueError(f"no quantization {quantize!r}; one of {', '.join(QUANTIZATIONS)}")
+    weight = model.wte.weight
+    if quantize is None and not _can_pack(weight):
+        return model
+    dtype = torch.bfloat16 if quantize else weight.dtype
+    linears = {module for module in model.modules() if isinstance(module, nn.Linear)}
+    replaced = {id(weight), *(id(linear.weight) for linear in linears)}
+    kept = {  # deepcopy takes these for the parameters' copies: the structure is new, the memory the same
+        id(p): p if id(p) in replaced else nn.Parameter(p.detach().to(dtype), requires_grad=False)
+        for p in model.parameters()
+    }
+    fast = copy.deepcopy(model, kept).eval()
+    for parent in list(fast.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                bias = child.bias.detach().to(dtype)
+                setattr(parent, name, Int8Linear(child.weight, bias) if quantize else PackedLinear(child.weight, bias))
+    if quantize:
+        fast.lm_head = Int8Linear(weight, None)
+        fast.wte = Int8Embedding(fast.lm_head)  # type: ignore[assignment]  # looks up as an Embedding does
+    else:
+        fast.lm_head = PackedLinear(weight, None)
+    fast.register_state_dict_pre_hook(_refuse_state_dict)
+    return fast
+
+
+def _can_pack(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _refuse_state_dict(*_) -> None:
+    raise ValueError("these weights are packed for generation; save the model that they came from")
+
+
+class PackedLinear(nn.Module):
+    """`F.linear` with the weight in oneDNN's own layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """`F.linear` with an 8-bit weight: row n of the (N,K) matrix is `scale[n] * weight[n]`, rounded to the nearest."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        weight = weight.detach()
+        lowest, highest = weight.aminmax(dim=1)  # (N,)
+        largest = torch.maximum(-lowest, highest).float().clamp(min=torch.finfo(torch.float32).tiny)
+        self.scale = (largest / 127).bfloat16()
+        scaled = weight.contiguous() / self.scale.float()[:, None]
+        self.weight = scaled.round_().clamp_(-127, 127).to(torch.int8)  # (N,K)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # (B,T,K) -> (B*T,K)
+        if x.device.type == "cpu" and len(rows) <= FEW_ROWS and rows.shape[1] % WHOLE_STEPS == 0:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            parts = self.weight.split(PART)  # whole, the head unpacked would not stay in any processor's cache
+            y = torch.cat([F.linear(rows, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)  # (B*T,N) -> (B,T,N)
+
+
+class Int8Embedding(nn.Module):
+    """Looks tokens up in the rows of the head tied to it."""
+
+    def __init__(self, head: Int8Linear):
+        super().__init__()
+        self.head = head
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.head.weight[idx].to(self.head.scale.dtype) * self.head.scale[idx, None]
+
+
+@torch.inference_mode()
+def perplexity(model: GPT, sequences: Sequence[Sequence[int]]) -> float:
+    """exp of the mean negative log-likelihood of every token after each sequence's first.
+
+    Sequences longer than the context are cut to it. `perplexity(fast, data) / perplexity(model, data)` is what
+    quantization costs.
+
+    Raises:
+        ValueError: no sequence has two tokens.
+    """
+    total, count = 0.0, 0
+    for ids in sequences:
+        idx = torch.tensor([list(ids[: model.config.n_positions])], device=model.wpe.weight.device)  # (1,T)
+        if idx.shape[1] < 2:
+            continue
+        logits = model(idx[:, :-1])[0].float()  # (T-1,V)
+        total += F.cross_entropy(logits, idx[0, 1:], reduction="sum").item()
+        count += idx.shape[1] - 1
+    if count == 0:
+        raise ValueError("perplexity needs a sequence of two tokens or more")
+    return math.exp(total / count)

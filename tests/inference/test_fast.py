@@ -1,0 +1,149 @@
+"""Packed and quantized weights against the plain path."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minigpt.inference.fast import Int8Linear, PackedLinear, for_generation, perplexity
+from minigpt.inference.sampling import generate
+from minigpt.model.gpt2 import GPT, GPTConfig
+
+PROMPTS = [[7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [200, 17], [250] * 30]
+
+
+@pytest.fixture
+def model():
+    """Weights of std 0.2 that lie as those of a checkpoint do: the matrices transposed."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=331, n_positions=64, n_embd=64, n_layer=3, n_head=4)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=float("ln_" in name and name.endswith("weight")), std=0.2)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.t().contiguous().t())
+    return model
+
+
+def relative(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (8, 1), (32, 1), (3, 20)], ids=str)
+def test_packed_equals_plain(model, dtype, tolerance, shape):
+    model = model.to(dtype)
+    fast = for_generation(model)
+    assert isinstance(fast.h[0].mlp.c_fc, PackedLinear)
+    assert isinstance(fast.lm_head, PackedLinear)
+    assert not any(isinstance(module, nn.Linear) for module in fast.modules())
+    idx = torch.randint(0, 331, shape)
+    with torch.inference_mode():
+        assert relative(fast(idx), model(idx)) < tolerance
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_packed_generates_what_plain_does(model, num_beams):
+    settings = {"max_new_tokens": 20, "num_beams": num_beams}
+    assert generate(for_generation(model), PROMPTS, **settings) == generate(model, PROMPTS, **settings)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_the_model_given_stays_as_it_is(model, quantize):
+    """It may be in training: its weights still learn, and the packed copy does not follow."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    idx = torch.randint(0, 331, (2, 9))
+    with torch.no_grad():
+        logits = model(idx)
+    fast = for_generation(model.train(), quantize)
+    assert not fast.training
+    assert model.training
+    assert model.lm_head is None
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(idx), logits)
+    nll_sum, _ = model(idx, idx)
+    nll_sum.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_what_is_not_packed_is_shared(model):
+    fast = for_generation(model)
+    assert fast.wte.weight.data_ptr() == model.wte.weight.data_ptr()
+    assert fast.wpe.weight.data_ptr() == model.wpe.weight.data_ptr()
+    assert fast.h[1].ln_1.weight.data_ptr() == model.h[1].ln_1.weight.data_ptr()
+    assert fast.h[1].attn.c_attn.bias.data_ptr() == model.h[1].attn.c_attn.bias.data_ptr()
+
+
+def test_packed_weights_are_not_saved(model, tmp_path):
+    """A checkpoint would lack them all."""
+    with pytest.raises(ValueError, match="packed for generation; save the model that they came from"):
+        for_generation(model).save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_packed_the_model_itself_comes_back(model):
+    assert for_generation(model.half()) is model
+    with pytest.raises(ValueError, match="no quantization 'int3'; one of int8"):
+        for_generation(model, "int3")
+
+
+# ---- int8
+
+
+def test_int8_rounds_each_row_to_the_nearest_of_its_own_steps():
+    """The example of a row whose largest weight is 127 steps: [127, -63.4, 0.6] steps -> [127, -63, 1]."""
+    weight = torch.tensor([[127.0, -63.4, 0.6], [0.0, 0.0, 0.0], [-254.0, 2.0, 4.9]])
+    linear = Int8Linear(weight, torch.tensor([0.0, 5.0, 1.0]).bfloat16())
+    assert linear.scale.tolist()[::2] == [1.0, 2.0]
+    assert linear.weight.tolist() == [[127, -63, 1], [0, 0, 0], [-127, 1, 2]]
+    x = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).bfloat16()
+    assert linear(x).tolist() == [[127.0, 5.0, -253.0], [-63.0, 5.0, 3.0]]
+    assert linear(x.repeat(16, 1)).tolist() == [[127.0, 5.0, -253.0], [-63.0, 5.0, 3.0]] * 16
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 64])
+def test_int8_product_equals_that_of_the_rounded_weights(rows):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(4000, 64, generator=generator), torch.randn(4000, generator=generator).bfloat16()
+    linear = Int8Linear(weight.t().contiguous().t(), bias)
+    rounded = linear.weight.float() * linear.scale.float()[:, None]
+    assert (rounded - weight).abs().max() <= (linear.scale.float()[:, None] * 0.51 + weight.abs() / 256).max()
+    x = torch.randn(1, rows, 64, generator=generator).bfloat16()
+    found = linear(x)
+    assert found.shape == (1, rows, 4000)
+    assert relative(found, F.linear(x.float(), rounded, bias.float())) < 0.01
+
+
+def test_int8_model_is_near_the_plain_one(model):
+    fast = for_generation(model, "int8")
+    assert fast.wpe.weight.dtype == torch.bfloat16
+    assert not any(isinstance(module, nn.Linear | nn.Embedding) for module in [fast.wte, *fast.h.modules()])
+    idx = torch.randint(0, 331, (4, 20))
+    with torch.inference_mode():
+        logits, expected = fast(idx), model(idx)
+    assert relative(logits, expected) < 0.1
+    assert torch.allclose(fast.wte(idx).float(), model.wte(idx), atol=0.01)
+    assert len(generate(fast, PROMPTS, max_new_tokens=10)) == len(PROMPTS)
+
+
+# ---- what it costs
+
+
+def test_perplexity(model):
+    """exp of the mean over all tokens, each sequence's first aside; and over-long sequences are cut."""
+    sequences = [[5, 6, 7, 8], [9], [1, 2], [3] * 100]
+    losses = []
+    with torch.no_grad():
+        for ids in ([5, 6, 7, 8], [1, 2], [3] * 64):
+            chances = model(torch.tensor([ids])).log_softmax(-1)[0]
+            losses += [-chances[place, token].item() for place, token in enumerate(ids[1:])]
+    expected = torch.tensor(losses).double().mean().exp().item()
+    assert perplexity(model, sequences) == pytest.approx(expected, rel=1e-4)
+    assert perplexity(for_generation(model), sequences) == pytest.approx(expected, rel=1e-4)
+    assert perplexity(for_generation(model, "int8"), sequences) == pytest.approx(expected, rel=0.2)
+    with pytest.raises(ValueError, match="perplexity needs a sequence of two tokens or more"):
+        perplexity(model, [[1]])
