@@ -3,23 +3,57 @@
     python chat.py --model_name_or_path runs/sft/export
     python chat.py --model_name_or_path runs/sft/export --prompt "What is the capital of China?"
     python chat.py --model_name_or_path runs/sft/export < questions.txt > answers.txt
+    python chat.py --model_name_or_path runs/sft/export --serve
 
 Read on in minigpt/inference/chat.py (what the model is asked), minigpt/inference/sampling.py (how it answers) and
-minigpt/inference/terminal.py (the commands).
+minigpt/inference/terminal.py (the commands), or minigpt/inference/serve/ (the server).
 """
 
 import gc
+import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 
-from minigpt.arguments import ModelArguments, PromptArguments, require
+from minigpt.arguments import ModelArguments, PromptArguments, check_range, require
 from minigpt.config import run
 from minigpt.distributed import pick_device
 from minigpt.inference.terminal import SamplingArguments, Terminal
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 
 @dataclass
-class ChatConfig(SamplingArguments, ModelArguments, PromptArguments):
+class ServeArguments:
+    """A server instead of the terminal: OpenAI's API, and a page to chat (needs the extra serve)."""
+
+    serve: bool = False
+    """Serve until Ctrl-C or SIGTERM. The settings of sampling are for requests that give none."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but the loopback interface's needs api_key."""
+    port: int = 8000
+    """Port to listen on; 0 is any that is free."""
+    api_key: str | None = None
+    """What clients have to send as their key. Unset: MINIGPT_API_KEY of the environment, where other users cannot read
+    it; without either there is none."""
+    max_batch_size: int = 8
+    """Answers that run together; the cache for so many is kept."""
+    max_queue: int = 64
+    """Answers that may wait for a place; further requests are sent away with status 429."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "at least 1", lambda x: x >= 1, "max_batch_size")
+        check_range(self, "at least 0", lambda x: x >= 0, "max_queue")
+        check_range(self, "between 0 and 65535", lambda x: 0 <= x < 65536, "port")
+        if self.serve:
+            self.api_key = self.api_key or os.environ.get("MINIGPT_API_KEY")
+            if self.host not in LOOPBACK and not self.api_key:
+                raise ValueError(f"--host {self.host} lets other machines in: it needs --api_key or MINIGPT_API_KEY")
+            if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+                raise ValueError("--api_key must be of printable ASCII characters, because it travels in a header")
+
+
+@dataclass
+class ChatConfig(SamplingArguments, ModelArguments, PromptArguments, ServeArguments):
     """Talk to a GPT-2."""
 
     prompt: str | None = None
@@ -33,6 +67,9 @@ class ChatConfig(SamplingArguments, ModelArguments, PromptArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        ServeArguments.__post_init__(self)
+        if self.serve and self.prompt is not None:
+            raise ValueError("--serve and --prompt are two ways to ask: give one")
         if self.input and not self.prompt:
             raise ValueError("--input goes with --prompt")
 
@@ -61,6 +98,9 @@ def main(config: ChatConfig) -> None:
         return model, tokenizer, template
 
     sampling = SamplingArguments(**{field.name: getattr(config, field.name) for field in fields(SamplingArguments)})
+    if config.serve:
+        _serve(config, name, *load(name, config.revision), sampling)
+        return
     chat = Chat(*load(name, config.revision), config.system, **asdict(sampling))
     terminal = Terminal(chat, sampling, load)
     if config.prompt is not None:
@@ -71,6 +111,23 @@ def main(config: ChatConfig) -> None:
     terminal.run()
     if terminal.failed and not terminal.interactive:
         sys.exit(1)
+
+
+def _serve(config: ChatConfig, name: str, model, tokenizer, template, sampling: SamplingArguments) -> None:
+    try:
+        from minigpt.inference.serve.answer import Asker
+        from minigpt.inference.serve.run import serve
+    except ModuleNotFoundError as error:
+        raise ImportError(f"--serve needs {error.name} (pip install -c constraints.txt -e '.[serve]')") from None
+    serve(
+        Asker(model, tokenizer, template, asdict(sampling), config.system),
+        name,
+        host=config.host,
+        port=config.port,
+        api_key=config.api_key,
+        max_batch_size=config.max_batch_size,
+        max_queue=config.max_queue,
+    )
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ exec((ROOT / "minigpt" / "version.py").read_text(encoding="utf-8"), VERSION)
 
 EXTRAS = {
     "plot": ["matplotlib>=3.8"],
-    "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
+    "serve": ["fastapi>=0.115", "pydantic>=2.7", "uvicorn>=0.30"],
     "tensorboard": ["tensorboard>=2.16"],
     "parquet": ["pyarrow>=15"],
     "curation": ["sentence-transformers>=3"],
 }
-TEST = ["pytest>=8", "transformers>=4.50", "jinja2>=3.1", "regex", *EXTRAS["plot"], *EXTRAS["parquet"]]
+TEST = [
+    *("pytest>=8", "transformers>=4.50", "jinja2>=3.1", "regex", "openai>=1.40", "httpx>=0.27", "schemathesis>=4"),
+    *(requirement for extra in ("plot", "parquet", "serve") for requirement in EXTRAS[extra]),
+]
 
 setup(
     name="minigpt",
@@ -26,7 +29,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["minigpt", "minigpt.*"]),
-    package_data={"minigpt": ["py.typed", "assets/*.txt", "assets/*.tiktoken", "assets/tables/*.tsv"]},
+    package_data={
+        "minigpt": ["py.typed", "assets/*.txt", "assets/*.tiktoken", "assets/tables/*.tsv", "inference/serve/web/*"]
+    },
     install_requires=[
         "torch>=2.5",
         "numpy>=1.26",

@@ -42,18 +42,16 @@ class KVCache:
         if self.length > self.max_length:
             raise ValueError(f"position {self.length - 1} does not fit into a cache of {self.max_length}")
 
-    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B,nh,T,hs) keys and values; returns all of the layer's, (B,nh,length,hs)."""
-        keys, values = self.buffer[layer, 0], self.buffer[layer, 1]  # (B,nh,slots,hs)
-        k, v = (x.detach().to(self.buffer.dtype) for x in (k, v))  # what was read is not learnt from
+    def update(self, layer: int, kv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (2,B,nh,T,hs) keys and values; returns all of the layer's, 2 x (B,nh,length,hs)."""
+        kept, kv = self.buffer[layer], kv.detach()  # (2,B,nh,slots,hs); what was read is not learnt from
         if positions.dim() == 1:  # the same positions in every row
-            start = self.length - len(positions)
-            keys[:, :, start : self.length], values[:, :, start : self.length] = k, v
+            kept[:, :, :, self.length - len(positions) : self.length] = kv
         else:
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B,1), beside positions (B,T)
-            keys[rows, :, positions] = k.transpose(1, 2)  # (B,nh,T,hs) -> (B,T,nh,hs)
-            values[rows, :, positions] = v.transpose(1, 2)
-        return keys[:, :, : self.length], values[:, :, : self.length]
+            rows = torch.arange(kv.shape[1], device=kv.device)[:, None]  # (B,1), beside positions (B,T)
+            kept.transpose(2, 3)[:, rows, positions] = kv.transpose(2, 3)  # both (2,B,T,nh,hs)
+        keys, values = kept[:, :, :, : self.length].unbind()
+        return keys, values
 
     def mask(self, positions: Tensor) -> Tensor:
         """What each query may see, (B,1,T,length) or (1,1,T,length): the slots up to its own position."""

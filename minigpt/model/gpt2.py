@@ -126,10 +126,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,T,3,nh,hs) -> 3 x (B,nh,T,hs)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v, positions)  # (B,nh,T,hs) -> (B,nh,S,hs)
-            q = q.to(k.dtype)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (B,T,3,nh,hs) -> (3,B,nh,T,hs)
+        if cache is None:
+            q, k, v = qkv
+        else:
+            qkv = qkv.to(cache.buffer.dtype)
+            q, (k, v) = qkv[0], cache.update(self.layer, qkv[1:], positions)  # (B,nh,T,hs), 2 x (B,nh,S,hs)
         dropout = self.attn_pdrop if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B,nh,T,hs) -> (B,T,C)
@@ -172,7 +174,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # keep only each block's input: compute the rest again (arXiv:1604.06174)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -246,17 +248,6 @@ class GPT(nn.Module):
         elif last_only:
             x = x[:, -1:]  # (B,T,C) -> (B,1,C)
         return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)  # (B,T,C) -> (B,T,V)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """From now on, training keeps only each block's input and computes the rest again in backward.
-
-        Chen et al. 2016 (arXiv:1604.06174). Loss and gradients stay the same, bit for bit, dropout included.
-        """
-        self.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """From now on, training keeps what backward needs."""
-        self.gradient_checkpointing = False
 
     def num_parameters(self) -> int:
         """The tied head counts once."""

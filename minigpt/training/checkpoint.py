@@ -151,9 +151,9 @@ def _commit(temporary: Path, folder: Path, step: int) -> None:
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in [*temporary.rglob("*"), temporary]:
         _to_disk(path)
-    remove(folder)  # of the same step: this run was there before
     temporary.rename(folder)
-    _to_disk(folder.parent)
+    for path in (folder.parent, folder.parent.parent):
+        _to_disk(path)
 
 
 def _verify(folder: Path) -> None:
@@ -196,7 +196,7 @@ def _save_random_state(path: Path) -> None:
     from safetensors.torch import save_file
 
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     save_file(states, path)
 
@@ -206,7 +206,7 @@ def _load_random_state(path: Path) -> None:
 
     states = load_file(path)
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
+    if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
 
 

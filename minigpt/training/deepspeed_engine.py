@@ -8,6 +8,7 @@ the engine and the optimizer are used. https://deepspeed.readthedocs.io
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -264,8 +265,8 @@ def import_deepspeed(device_type: str) -> Any:
             import deepspeed
             from deepspeed.ops import __compatible_ops__
         except ImportError as error:
-            raise ImportError("DeepSpeed is not installed: pip install deepspeed (Linux)") from error
-    version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
+            raise ImportError(f"DeepSpeed cannot be used ({error}): pip install 'minigpt' on Linux brings it") from error
+    version = tuple(int(part) for part in re.findall(r"\d+", deepspeed.__version__)[:3])
     if version < (0, 19, 4):
         raise ImportError(
             f"DeepSpeed {deepspeed.__version__}: versions before 0.19.4 reduce gradients wrongly (its issues 7718 and "

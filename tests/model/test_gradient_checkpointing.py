@@ -46,7 +46,7 @@ def test_the_same_bits(dropout, bf16):
     loss, gradients = loss_and_gradients(model, bf16)
     following = torch.rand(3)  # the generator too goes on as if nothing had been computed twice
     assert runs == [0, 1, 2]
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing = True
     runs.clear()
     loss_again, gradients_again = loss_and_gradients(model, bf16)
     assert torch.equal(following, torch.rand(3))
@@ -54,7 +54,7 @@ def test_the_same_bits(dropout, bf16):
     assert torch.equal(loss, loss_again)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, gradients_again[name]), name
-    model.gradient_checkpointing_disable()
+    model.gradient_checkpointing = False
     runs.clear()
     loss_and_gradients(model, bf16)
     assert runs == [0, 1, 2]
@@ -80,7 +80,7 @@ def test_a_layer_keeps_its_input_and_nothing_else():
     plain = [saved_bytes(make_model(n_layer)) for n_layer in (1, 2, 5)]
     models = [make_model(n_layer) for n_layer in (1, 2, 5)]
     for model in models:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing = True
     checkpointed = [saved_bytes(model) for model in models]
     x = B * T * C * 4  # bytes of the residual stream
     assert [checkpointed[1] - checkpointed[0], checkpointed[2] - checkpointed[0]] == [x, 4 * x]
@@ -91,7 +91,7 @@ def test_a_layer_keeps_its_input_and_nothing_else():
 @pytest.mark.parametrize("cached", [True, False])
 def test_nothing_is_computed_twice_with_a_cache_or_in_eval_mode(cached):
     model = make_model(n_layer=1).train(cached)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing = True
     runs = count_runs(model)
     model(IDX, TARGETS, cache=KVCache(model.config, B, T) if cached else None)[0].backward()
     assert runs == [0]
