@@ -9,12 +9,15 @@ also an object whose `rows` hold, for each `case`:
 
     tokens_per_s, peer_tokens_per_s   new tokens over the seconds of a whole call, the prompt's reading included
     ratio                             ours over transformers
-    floor_share                       the share of the memory's bandwidth that reading each weight once per step takes
+    floor_share                       weight bytes per step over the bandwidth: the share of the time that reading each
+                                      weight once has to take
+    bandwidth                         bytes per second, measured just before
     peak_rss, peer_peak_rss           MiB, of the process, with the checkpoint's mapped pages
 """
 
 import argparse
 import json
+import random
 import resource
 import statistics
 import subprocess
@@ -36,21 +39,27 @@ CASES = {  # name: (dtype, rows, beams)
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
+def random_prompts(rows: int, length: int) -> list[list[int]]:
+    generator = random.Random(0)
+    return [[generator.randrange(50257) for _ in range(length)] for row in range(rows)]
+
+
 def prepare(side: str, dtype: str, rows: int, beams: int, args) -> Callable[[int], object]:
     """A function that generates that many tokens a row."""
     import torch
 
-    prompts = torch.randint(0, 50257, (rows, args.prompt), generator=torch.Generator().manual_seed(0))
     torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
     if side == "ours":
         from minigpt import GPT, generate
-        from minigpt.inference.fast import for_generation
+        from minigpt.inference.fast import for_generation, use_huge_pages
 
+        use_huge_pages()
+        prompts = random_prompts(rows, args.prompt)
         if dtype == "int8":
             model = for_generation(GPT.from_pretrained(args.folder), "int8")
         else:
             model = for_generation(GPT.from_pretrained(args.folder, dtype=torch_dtype))
-        return lambda count: generate(model, prompts.tolist(), max_new_tokens=count, num_beams=beams)
+        return lambda count: generate(model, prompts, max_new_tokens=count, num_beams=beams)
 
     from transformers import GPT2LMHeadModel, logging
 
@@ -58,6 +67,7 @@ def prepare(side: str, dtype: str, rows: int, beams: int, args) -> Callable[[int
     logging.disable_progress_bar()
     peer = GPT2LMHeadModel.from_pretrained(args.folder, dtype=torch_dtype).eval()
     peer.generation_config.eos_token_id = None
+    prompts = torch.tensor(random_prompts(rows, args.prompt))
     settings = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "pad_token_id": 0, "num_beams": beams}
     return lambda count: peer.generate(prompts, max_new_tokens=count, **settings)
 
@@ -77,16 +87,16 @@ def work(args) -> None:
 
 
 def bandwidth() -> float:
-    """Bytes per second that all cores together read from memory: the best of ten sums of half a gigabyte."""
+    """Bytes per second that all cores together read from memory: the median of ten sums of half a gigabyte."""
     import torch
 
     block = torch.ones(2**27)
-    best = float("inf")
+    found = []
     for _ in range(10):
         start = time.perf_counter()
         block.sum()
-        best = min(best, time.perf_counter() - start)
-    return block.nbytes / best
+        found.append(block.nbytes / (time.perf_counter() - start))
+    return statistics.median(found)
 
 
 def measure(case: str, folder: str, args) -> dict:
@@ -151,18 +161,19 @@ def main() -> None:
         model.save_pretrained(folder)
         matrices = model.num_parameters() - model.wpe.weight.numel()  # positions are looked up, one row a token
         del model
-        speed = bandwidth()
-        print(f"{args.preset}, {args.prompt} + {args.tokens} tokens, {speed / 1e9:.1f} GB/s", file=table)
-        titles = ("tokens/s", "transformers", "ratio", "of the floor", "peak MiB", "transformers")
+        print(f"{args.preset}, {args.prompt} + {args.tokens} tokens", file=table)
+        titles = ("tokens/s", "transformers", "ratio", "GB/s", "of the floor", "peak MiB", "transformers")
         print(f"{'':14}" + "".join(f"{title:>14}" for title in titles), file=table)
         for case in args.cases:
+            speed = bandwidth()  # anew for each case: on a machine that others share, it is not the same for long
             row = measure(case, folder, args)
             dtype, batch, _ = CASES[case]
+            row["bandwidth"] = speed
             row["floor_share"] = row["tokens_per_s"] / batch * matrices * WEIGHT_BYTES[dtype] / speed
             rows.append(row)
             print(
                 f"{case:14}{row['tokens_per_s']:14.1f}{row['peer_tokens_per_s']:14.1f}{row['ratio']:14.2f}"
-                f"{row['floor_share']:14.0%}{row['peak_rss']:14,.0f}{row['peer_peak_rss']:14,.0f}",
+                f"{speed / 1e9:14.1f}{row['floor_share']:14.0%}{row['peak_rss']:14,.0f}{row['peer_peak_rss']:14,.0f}",
                 file=table,
                 flush=True,
             )
@@ -172,7 +183,6 @@ def main() -> None:
                 "preset": args.preset,
                 "prompt": args.prompt,
                 "tokens": args.tokens,
-                "bandwidth_bytes_per_s": speed,
                 "rows": rows,
             },
             indent=2,

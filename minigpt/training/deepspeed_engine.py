@@ -265,7 +265,7 @@ def import_deepspeed(device_type: str) -> Any:
             import deepspeed
             from deepspeed.ops import __compatible_ops__
         except ImportError as error:
-            raise ImportError(f"DeepSpeed cannot be used ({error}): pip install 'minigpt' on Linux brings it") from error
+            raise ImportError(f"DeepSpeed cannot be used ({error}): pip install 'deepspeed<0.20' (Linux)") from error
     version = tuple(int(part) for part in re.findall(r"\d+", deepspeed.__version__)[:3])
     if version < (0, 19, 4):
         raise ImportError(

@@ -1,5 +1,10 @@
 """Packed and quantized weights against the plain path."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +94,29 @@ def test_where_nothing_can_be_packed_the_model_itself_comes_back(model):
     assert for_generation(model.half()) is model
     with pytest.raises(ValueError, match="no quantization 'int3'; one of int8"):
         for_generation(model, "int3")
+
+
+def test_huge_pages_are_asked_for_before_the_first_tensor():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system gives no huge pages")
+    script = """if True:
+        import sys, torch
+        from minigpt.inference.fast import use_huge_pages
+        if sys.argv[1:]: use_huge_pages()
+        block = torch.ones(2**25)
+        print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    plain, huge = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", script, *more], env=environment, check=True, capture_output=True
+            ).stdout
+        )
+        for more in ([], ["huge"])
+    )
+    assert huge > plain + 100 * 1024  # KiB
 
 
 # ---- int8
