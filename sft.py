@@ -55,7 +55,7 @@ def main(config: SFTConfig) -> None:
     from minigpt.inference.predict import predict_file, show_answers
     from minigpt.model.gpt2 import GPT, GPTConfig
     from minigpt.training.checkpoint import export
-    from minigpt.training.engine import make_engine
+    from minigpt.training.engine import check_engine, make_engine
     from minigpt.training.loop import evaluate, train
     from minigpt.training.plan import plan
     from minigpt.training.run import run_folder
@@ -118,6 +118,7 @@ def main(config: SFTConfig) -> None:
 
     # ---- data, model, training
     with run_folder(config, "runs/sft") as folder:
+        check_engine(config, model_config, device)
         train_data, eval_data, replay_data = read(config.data), None, None
         if config.validation_data:
             eval_data = read(config.validation_data)

@@ -49,7 +49,7 @@ def main(config: PretrainConfig) -> None:
     from minigpt.inference.predict import show_text
     from minigpt.model.gpt2 import GPT, GPTConfig
     from minigpt.training.checkpoint import export
-    from minigpt.training.engine import make_engine
+    from minigpt.training.engine import check_engine, make_engine
     from minigpt.training.loop import train
     from minigpt.training.plan import plan
     from minigpt.training.run import run_folder
@@ -72,7 +72,10 @@ def main(config: PretrainConfig) -> None:
     block_size = config.block_size or model_config.n_positions
     model_config.check_length("--block_size", block_size)
 
+    device = pick_device(config.device)
     with run_folder(config, "runs/train") as folder:
+        check_engine(config, model_config, device)
+
         # ---- data: one stream of tokens, its end held out
         def read(paths: list[str]):
             store = build_text_store(
@@ -97,7 +100,7 @@ def main(config: PretrainConfig) -> None:
         # ---- model and training
         torch.manual_seed(config.seed)
         model = GPT.from_pretrained(name, config.revision, **changes) if name else GPT(model_config)
-        model = model.to(pick_device(config.device))
+        model = model.to(device)
         say(f"{name or config.config_name}: {model.num_parameters():,} parameters; {len(train_data):,} blocks")
         engine = make_engine(model, config)
         try:

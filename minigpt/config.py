@@ -310,6 +310,8 @@ def _in_one_line(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {error.strerror}"
+    if isinstance(error, RuntimeError) and ("gloo" in message or "NCCL" in message):
+        return "another rank is gone; what it said, if anything, says why (--resume auto goes on from a checkpoint)"
     if message and isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, OtherRankFailed)):
         return message
     return f"{type(error).__name__}: {message or 'no message'} (--debug shows the traceback)"

@@ -71,10 +71,7 @@ def save_checkpoint(run: Path, step: int, engine: Engine, progress: dict[str, An
             f"{shutil.disk_usage(run).free:,} are free; earlier checkpoints stand (--save_total_limit keeps fewer)"
         ) from error
     if is_main() and keep:
-        for old in checkpoints(run)[:-keep]:
-            unfinished = old.with_name(old.name + UNFINISHED)  # so that half of one is never taken for a whole one
-            old.rename(unfinished)
-            remove(unfinished)
+        keep_newest(run, keep)
     return folder
 
 
@@ -107,6 +104,14 @@ def checkpoints(run: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def keep_newest(run: Path, count: int) -> None:
+    """Removes all checkpoints but these."""
+    for old in checkpoints(run)[:-count]:
+        unfinished = old.with_name(old.name + UNFINISHED)  # so that half of one is never taken for a whole one
+        old.rename(unfinished)
+        remove(unfinished)
+
+
 def remove_unfinished(run: Path) -> None:
     """What a run that was killed in the middle of writing or removing a checkpoint left of it."""
     for leftover in (run / CHECKPOINTS).glob(f"*{UNFINISHED}"):
@@ -128,6 +133,8 @@ def find_checkpoint(run: Path, resume: str | None) -> Path | None:
             raise FileNotFoundError(f"{run / CHECKPOINTS}: no checkpoint (--resume auto starts anew then)")
         return found[-1] if found else None
     path = Path(resume)
+    if (path / CHECKPOINTS).is_dir():
+        raise FileNotFoundError(f"{path}: a run, not a checkpoint: --output_dir {path} --resume latest goes on with it")
     if not (path / MANIFEST).exists() or path.name.endswith(UNFINISHED):
         known = f"; there are {', '.join(str(p) for p in found)}" if found else ""
         raise FileNotFoundError(f"{path}: no checkpoint, which has a {MANIFEST}{known} (--resume PATH|latest|auto)")
@@ -151,6 +158,8 @@ def _commit(temporary: Path, folder: Path, step: int) -> None:
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in [*temporary.rglob("*"), temporary]:
         _to_disk(path)
+    if not (folder / MANIFEST).exists():  # no checkpoint, but a copy of one that was broken off, say
+        remove(folder)
     temporary.rename(folder)
     for path in (folder.parent, folder.parent.parent):
         _to_disk(path)
@@ -158,9 +167,12 @@ def _commit(temporary: Path, folder: Path, step: int) -> None:
 
 def _verify(folder: Path) -> None:
     """Raises `ValueError` for the first file that is not what was written."""
-    files = read_json(folder / MANIFEST).get("files")
+    try:
+        files = {name: str(entry["sha256"]) for name, entry in read_json(folder / MANIFEST)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        files = {}
     if not files:
-        raise ValueError(f"{folder / MANIFEST}: names no files; remove {folder}, and --resume takes the one before")
+        raise ValueError(f"{folder / MANIFEST}: damaged; remove {folder}, and --resume takes the one before")
     found_here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
     if strangers := sorted(found_here - set(files)):  # DeepSpeed opens what it finds, pickles too
         raise ValueError(
@@ -170,7 +182,7 @@ def _verify(folder: Path) -> None:
         raise ValueError(f"{folder / MANIFEST}: names {outside[0]}, which is not in its folder; remove {folder}")
     with ThreadPoolExecutor() as pool:
         for name, found in zip(files, pool.map(lambda name: _sha256(folder / name), files), strict=True):
-            if found != files[name]["sha256"]:
+            if found != files[name]:
                 what = "is missing" if found is None else "is not what was written (its sha256 differs)"
                 raise ValueError(f"{folder / name}: {what}; remove {folder}, and --resume takes the one before")
 

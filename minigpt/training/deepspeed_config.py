@@ -139,6 +139,21 @@ def deepspeed_config(config: TrainConfig, hidden_size: int, world_size: int, dev
     return _without_auto(content)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError:
+        import hjson  # comes with DeepSpeed, which reads its files with it: comments and last commas are allowed
+
+        try:
+            content = hjson.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON, comments allowed: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: expected a JSON object") from None
+        return dict(content)
+
+
 class _File:
     """A DeepSpeed JSON beside the configuration that it has to agree with."""
 
@@ -152,7 +167,7 @@ class _File:
         path = Path(config.deepspeed)
         if not path.exists():
             raise FileNotFoundError(f"--deepspeed {path}: no such file (ready-made ones lie in configs/deepspeed)")
-        self.content = read_json(path)
+        self.content = _read(path)
         if "bfloat16" in self.content:  # its old name
             self.content.setdefault("bf16", self.content.pop("bfloat16"))
         if isinstance(zero := self.content.get("zero_optimization"), bool):  # an old form

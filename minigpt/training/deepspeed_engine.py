@@ -37,15 +37,12 @@ class DeepSpeedEngine:
     def __init__(self, model: GPT, config: TrainConfig):
         self.device = next(model.parameters()).device
         self.module = model
-        deepspeed = import_deepspeed(self.device.type)
-        settings = deepspeed_config(config, model.config.n_embd, world_size(), self.device.type)
+        deepspeed, settings = prepare(config, model.config.n_embd, self.device.type)
         self.version, self.zero = deepspeed.__version__, deepcopy(settings["zero_optimization"])
         self.stage = self.zero["stage"]
         self.dtype = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
         weights = 0 if self.stage in (0, 3) else 4 if self.dtype == "fp32" else 2  # beside fp32 ones and the moments
         self.checkpoint_bytes = model.num_parameters() * (STATE_BYTES + 12 + weights)
-        if self.dtype == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
-            raise ValueError(f"{self.device.type} does not compute in fp16: use --bf16")
         for parameter in model.parameters():  # a memory-mapped file gives transposed views, which DeepSpeed flattens
             parameter.data = parameter.data.contiguous()
         start_process_group(self.device.type)
@@ -250,6 +247,24 @@ def _part(parameter: nn.Parameter, value: Tensor) -> Tensor:
     size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # DeepSpeed's
     padded = nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
     return padded[rank() * size : (rank() + 1) * size]
+
+
+def prepare(config: TrainConfig, hidden_size: int, device_type: str) -> tuple[Any, dict[str, Any]]:
+    """DeepSpeed and its settings. A script asks before it reads the data, so that what is wrong is told at once.
+
+    Raises:
+        ValueError: the DeepSpeed file contradicts a flag or DeepSpeed, or the device cannot compute in fp16.
+    """
+    settings = deepspeed_config(config, hidden_size, world_size(), device_type)
+    deepspeed = import_deepspeed(device_type)
+    if config.fp16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        raise ValueError(f"{device_type} does not compute in fp16: use --bf16")
+    try:
+        deepspeed.runtime.zero.config.get_zero_config(deepcopy(settings))
+    except ValueError as error:  # pydantic's, of several lines
+        told = " ".join(line.strip() for line in str(error).splitlines()[1:] if "errors.pydantic.dev" not in line)
+        raise ValueError(f"{config.deepspeed}: zero_optimization.{told}") from error
+    return deepspeed, settings
 
 
 def import_deepspeed(device_type: str) -> Any:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minigpt.arguments import TrainConfig
 from minigpt.data.collate import Batch
 from minigpt.distributed import all_or_none, is_main, start_process_group, world_size
-from minigpt.model.gpt2 import GPT
+from minigpt.model.gpt2 import GPT, GPTConfig
 from minigpt.training.optim import StepInfo, make_optimizer
 from minigpt.training.state import MOMENTS, STATE_BYTES, State, read_state, write_state
 
@@ -125,6 +125,14 @@ class TorchEngine:
         self.optimizer.state.clear()
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def check_engine(config: TrainConfig, model_config: GPTConfig, device: str) -> None:
+    """Raises what `make_engine` would, before the data is read for it."""
+    if (config.deepspeed or config.fp16) and not config.plan:
+        from minigpt.training.deepspeed_engine import prepare
+
+        prepare(config, model_config.n_embd, torch.device(device).type)
 
 
 def make_engine(model: GPT, config: TrainConfig) -> Engine:

@@ -129,6 +129,7 @@ def train(
         "seed": config.seed,
         "group_by_length": config.group_by_length,
         "data": _fingerprint(lengths, train_data, replay_data),
+        "validation": _fingerprint(_lengths(eval_data or ()), eval_data or ()),
     }
     output_dir = Path(config.output_dir) if config.output_dir else None
 
@@ -241,7 +242,12 @@ def train(
             preempted = step < total_steps and preemption.requested()
             due = config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
             if output_dir is not None and (due or preempted):
-                progress = {"order": order, "metrics_bytes": metrics.bytes_on_disk(), "result": asdict(result)}
+                progress = {
+                    "order": order,
+                    "recipe": _recipe(config),
+                    "metrics_bytes": metrics.bytes_on_disk(),
+                    "result": asdict(result),
+                }
                 saved = save_checkpoint(output_dir, step, engine, progress, config.save_total_limit)
                 if preempted:
                     with all_or_none():  # nobody leaves before the file is there: the first to go ends them all
@@ -285,7 +291,12 @@ def _begin(
         result = TrainResult(**progress["result"])
         if not goes_on(output_dir, checkpoint) and result.best_step != result.steps:  # it lies in the other folder
             result.best_val_loss = result.best_step = None
+        if result.steps > total_steps:
+            raise ValueError(f"{checkpoint}: at step {result.steps:,} already, behind the {total_steps:,} of this run")
         say(f"{checkpoint}: going on after step {result.steps:,} of {total_steps:,}")
+        for name, value in _recipe(config).items():
+            if progress["recipe"][name] != value:
+                say(f"{checkpoint}: --{name} {progress['recipe'][name]} then, {value} now")
     with all_or_none():
         if is_main():
             start_run(config, output_dir, checkpoint, metrics_bytes)
@@ -323,6 +334,15 @@ def _fingerprint(lengths: np.ndarray, *datasets: Sequence[Example]) -> str:
     return hashlib.sha256(lengths.tobytes() + repr(contents).encode()).hexdigest()
 
 
+def _recipe(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a run may change when it goes on, but not without a word."""
+    names = (
+        *("learning_rate", "lr_scheduler_type", "min_lr_ratio", "warmup_steps", "num_train_epochs", "max_steps"),
+        *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "dropout", "bf16", "fp16"),
+    )
+    return {name: getattr(config, name) for name in names}
+
+
 def _check_order(checkpoint: Path, before: dict[str, Any], order: dict[str, Any]) -> None:
     """Refuses to go on in another order of data: what was read, and what is still to come, would no longer be known."""
     flags = {
@@ -330,12 +350,13 @@ def _check_order(checkpoint: Path, before: dict[str, Any], order: dict[str, Any]
         "replayed": "--replay_data or --replay_ratio",
         "seed": "--seed",
         "group_by_length": "--group_by_length",
-        "data": "the data, or how it is cut (--data, --template, --validation_split, --max_seq_length, ...)",
+        "data": "the data, or how it is cut into examples,",
+        "validation": "the validation data",
     }
     for name, what in flags.items():
         if before[name] != order[name]:
-            values = "" if name == "data" else f": {before[name]} then, {order[name]} now"
-            raise ValueError(f"{checkpoint}: cannot go on from it, because {what} changed{values}; set it back")
+            values = f" ({before[name]} then, {order[name]} now)" if name not in ("data", "validation") else ""
+            raise ValueError(f"{checkpoint}: cannot go on from it, because {what} changed{values}: set it back")
 
 
 def _why_not_finite(model: nn.Module, step: int, reason: str, lr: float, losses: list[float]) -> str:

@@ -77,10 +77,16 @@ class Metrics:
 
 
 def losses_of(metrics: Path) -> list[float]:
-    """The loss of every step so far."""
+    """The loss of every step so far. Raises `ValueError` for a line that is none."""
     if not metrics.exists():
         return []
-    return [_number(json.loads(line)["loss"]) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    losses = []
+    for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            losses.append(_number(json.loads(line)["loss"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{metrics}:{number}: not a step's metrics; remove the file to go on without") from error
+    return losses
 
 
 def draw_losses(metrics: Path, picture: Path) -> bool:

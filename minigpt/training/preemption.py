@@ -44,7 +44,7 @@ class Preemption:
         if number == signal.SIGINT:  # the second one is immediate, also where a rank waits for the others
             signal.signal(signal.SIGINT, signal.default_int_handler if world_size() == 1 else signal.SIG_DFL)
         with contextlib.suppress(OSError):  # and not print, which fails where it interrupts another print
-            os.write(2, f"\n{self.heard}: the step is finished and saved, then this run ends\n".encode())
+            os.write(2, f"\n{self.heard}: the step will be finished and saved, then this run ends\n".encode())
 
     def requested(self) -> bool:
         """Whether any rank was asked to end. Every rank calls it."""

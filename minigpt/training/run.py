@@ -13,6 +13,7 @@ export-best/   the lowest validation loss, where it is not the last
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from minigpt.arguments import TrainConfig
 from minigpt.config import save_yaml
 from minigpt.distributed import is_main, say
 from minigpt.files import remove, whole_file, writing_to
-from minigpt.training.checkpoint import CHECKPOINTS, find_checkpoint, remove_unfinished
+from minigpt.training.checkpoint import CHECKPOINTS, find_checkpoint, keep_newest, remove_unfinished
 from minigpt.training.preemption import EXIT_CODE
 
 CONFIG, METRICS, LOSS_PICTURE, EXPORT, EXPORT_BEST = "config.yaml", "metrics.jsonl", "loss.png", "export", "export-best"
@@ -51,11 +52,12 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
         except BlockingIOError:
             lock.seek(0)
             raise FileExistsError(
-                f"{folder}: another run, process {lock.read()}, is writing into this folder; {OTHER}"
+                f"{folder}: another run, {lock.read()}, is writing into this folder; wait for it, end it, or {OTHER}"
             ) from None
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
+        remove(folder / PREEMPTED)  # an earlier start's: whoever looks shall see this one's
         if not goes_on(folder, find_checkpoint(folder, config.resume)):  # refused now, not after the data was read
             _held(folder, config)
         try:
@@ -85,15 +87,19 @@ def start_run(config: TrainConfig, folder: Path, resumed_from: Path | None = Non
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not goes_on(folder, resumed_from):
-        for name in _held(folder, config):
+        held = _held(folder, config)
+        if METRICS in held and config.resume:
+            say(f"{folder}: holds a run that ended before its first checkpoint; starting anew in its place")
+        for name in held:
             remove(folder / name)
+    elif config.save_total_limit:
+        keep_newest(folder, config.save_total_limit)  # room for the next one
     if resumed_from is not None:
         history = resumed_from.parent.parent / METRICS
         lines = history.read_bytes()[:metrics_bytes] if history.exists() else b""
         with whole_file(folder / METRICS) as path:
             path.write_bytes(lines)
-    for name in (LOSS_PICTURE, PREEMPTED):
-        remove(folder / name)
+    remove(folder / LOSS_PICTURE)
     remove_unfinished(folder)
     # How this start came about is not the run's.
     save_yaml(replace(config, resume=None, overwrite_output_dir=False), folder / CONFIG)
@@ -117,6 +123,8 @@ def _held(folder: Path, config: TrainConfig) -> list[str]:
     """What a run that starts anew would replace."""
     names = (CONFIG, METRICS, CHECKPOINTS, EXPORT, EXPORT_BEST)
     held = [name for name in names if (folder / name).exists()]
+    if CHECKPOINTS in held and not any((folder / CHECKPOINTS).iterdir()):
+        held.remove(CHECKPOINTS)
     killed_early = config.resume == "auto" and EXPORT not in held  # before its first checkpoint, or it would go on
     if held and not config.overwrite_output_dir and not killed_early:
         hint = "--resume latest goes on from its checkpoint" if CHECKPOINTS in held else OTHER

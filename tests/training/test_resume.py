@@ -236,19 +236,27 @@ def test_another_seed_batch_or_data_is_refused_by_name(tmp_path):
     run = tmp_path / "run"
     on_ranks(1, small_run, run, {"max_steps": 3})
     refusal = f"ValueError: {run / 'checkpoints' / 'step-3'}: cannot go on from it, because "
-    how_it_is_cut = "--data, --template, --validation_split, --max_seq_length, ..."
     go_on = {"resume": "latest", "max_steps": 6}
-    assert refused(run, {**go_on, "seed": 7}) == refusal + "--seed changed: 42 then, 7 now; set it back"
+    assert refused(run, {**go_on, "seed": 7}) == refusal + "--seed changed (42 then, 7 now): set it back"
     assert refused(run, {**go_on, "gradient_accumulation_steps": 3}) == (
         refusal
-        + "--per_device_train_batch_size x --gradient_accumulation_steps x ranks changed: 4 then, 6 now; set it back"
+        + "--per_device_train_batch_size x --gradient_accumulation_steps x ranks changed (4 then, 6 now): set it back"
     )
     assert refused(run, {**go_on, "group_by_length": False}) == (
-        refusal + "--group_by_length changed: True then, False now; set it back"
+        refusal + "--group_by_length changed (True then, False now): set it back"
     )
-    assert refused(run, go_on, count=28) == (
-        refusal + f"the data, or how it is cut ({how_it_is_cut}) changed; set it back"
-    )
+    assert refused(run, go_on, count=28) == (refusal + "the data, or how it is cut into examples, changed: set it back")
+
+
+def test_what_may_change_is_said_and_an_earlier_end_is_refused(tmp_path, capfd):
+    run = tmp_path / "run"
+    on_ranks(1, small_run, run, {"max_steps": 3})
+    behind = refused(run, {"resume": "latest", "max_steps": 2})
+    assert behind == f"ValueError: {run / 'checkpoints' / 'step-3'}: at step 3 already, behind the 2 of this run"
+    capfd.readouterr()
+    on_ranks(1, small_run, run, {"resume": "latest", "max_steps": 5, "learning_rate": 1e-4})
+    said = [line.split(": ", 1)[1] for line in capfd.readouterr().out.splitlines() if " then, " in line]
+    assert said == ["--learning_rate 0.003 then, 0.0001 now", "--max_steps 3 then, 5 now"]
 
 
 def test_a_finished_run_goes_on_to_more_steps(kinds, tmp_path):
@@ -301,7 +309,7 @@ def test_a_changed_byte_is_named_before_anything_is_read(kinds, tmp_path):
         path.write_bytes(content)
 
     manifest = (folder / "manifest.json").read_text()
-    for damaged, what in ((manifest[:-9], ":"), ("{}\n", ": names no files; remove ")):
+    for damaged, what in ((manifest[:-9], ": damaged; remove "), ("{}\n", ": damaged; remove ")):
         (folder / "manifest.json").write_text(damaged)
         with pytest.raises(ValueError) as caught:
             load_checkpoint(folder, NoEngine(), seed=42)

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,7 +85,8 @@ def test_a_second_run_is_refused_by_name(tmp_path):
         ):
             pass
         assert str(caught.value) == (
-            f"{tmp_path}: another run, process {os.getpid()}, is writing into this folder; give another --output_dir"
+            f"{tmp_path}: another run, process {os.getpid()} on {socket.gethostname()}, is writing into this folder; "
+            "wait for it, end it, or give another --output_dir"
         )
         assert contents(tmp_path) == [".lock", "config.yaml"]  # the first run's: nothing of it was touched
 
@@ -104,7 +106,7 @@ with run_folder(TrainConfig(output_dir={str(tmp_path)!r}), "unused"):
             assert process.stdout is not None
             assert process.stdout.readline() == "claimed\n"
             with (
-                pytest.raises(FileExistsError, match=f"another run, process {process.pid}, is writing"),
+                pytest.raises(FileExistsError, match=f"another run, process {process.pid} on .*, is writing"),
                 begun(config(tmp_path), "unused"),
             ):
                 pass
