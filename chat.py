@@ -12,6 +12,7 @@ minigpt/inference/terminal.py (the commands), or minigpt/inference/serve/ (the s
 import gc
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
 from minigpt.arguments import ModelArguments, PromptArguments, check_range, require
@@ -99,7 +100,7 @@ def main(config: ChatConfig) -> None:
 
     sampling = SamplingArguments(**{field.name: getattr(config, field.name) for field in fields(SamplingArguments)})
     if config.serve:
-        _serve(config, name, *load(name, config.revision), sampling)
+        _serve(config, name, load, sampling)
         return
     chat = Chat(*load(name, config.revision), config.system, **asdict(sampling))
     terminal = Terminal(chat, sampling, load)
@@ -113,21 +114,28 @@ def main(config: ChatConfig) -> None:
         sys.exit(1)
 
 
-def _serve(config: ChatConfig, name: str, model, tokenizer, template, sampling: SamplingArguments) -> None:
+def _serve(config: ChatConfig, name: str, load: Callable, sampling: SamplingArguments) -> None:
     try:
         from minigpt.inference.serve.answer import Asker
-        from minigpt.inference.serve.run import serve
+        from minigpt.inference.serve.run import Server
     except ModuleNotFoundError as error:
         raise ImportError(f"--serve needs {error.name} (pip install -c constraints.txt -e '.[serve]')") from None
-    serve(
+    from minigpt.inference.fast import for_generation
+
+    model, tokenizer, template = load(name, config.revision)
+    model = for_generation(model)
+    server = Server(
         Asker(model, tokenizer, template, asdict(sampling), config.system),
-        name,
+        os.path.basename(name) if os.path.isabs(name) else name,  # clients need not know where it lies
         host=config.host,
         port=config.port,
         api_key=config.api_key,
         max_batch_size=config.max_batch_size,
         max_queue=config.max_queue,
     )
+    print(f"{name}: template {template.name}; Ctrl-C ends", file=sys.stderr)
+    print(f"{server.url} is the page, {server.url}/v1 OpenAI's API", file=sys.stderr, flush=True)
+    server.run()
 
 
 if __name__ == "__main__":

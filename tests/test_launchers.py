@@ -93,6 +93,11 @@ def own_lines(out: str) -> list[str]:
     return [line for line in lines if not line.startswith("DeepSpeed: ZeRO stage 2, fp32, 2 ranks")]
 
 
+def words_and_numbers(text: str) -> tuple[list[str], list[float]]:
+    number = r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
+    return re.split(number, text), [float(found.replace(",", "")) for found in re.findall(number, text)]
+
+
 def test_every_launcher_gives_the_same_run_and_deepspeed_does_not_drown_it(work):
     outs = []
     for launcher, more in ((TORCHRUN, {}), (DEEPSPEED, {"deepspeed": "zero2.json"})):
@@ -101,7 +106,10 @@ def test_every_launcher_gives_the_same_run_and_deepspeed_does_not_drown_it(work)
         assert (process.returncode, err) == (0, "")
         outs.append(own_lines(out))
     assert len(outs[0]) == 14
-    assert outs[1] == outs[0]
+    # The last digit that is shown may be rounded otherwise.
+    words, numbers = zip(*(words_and_numbers("\n".join(out)) for out in outs), strict=True)
+    assert words[1] == words[0]
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-5, abs=2e-4)
     weights = [work.weights(f"runs/{run}/export") for run in (0, 1)]
     for name, tensor in weights[0].items():
         assert (weights[1][name] - tensor).abs().max() < 1e-5, name
@@ -214,7 +222,7 @@ def test_the_ranks_of_a_killed_torchrun_keep_their_folder(work):
         ranks = ranks_of(process.pid)
         process.kill()
         try:
-            first = int((work.folder / "runs/killed/.lock").read_text())
+            first = int((work.folder / "runs/killed/.lock").read_text().split()[1])
             steps = steps_of(work, "runs/killed")
             code, message = work.bad("sft.py", *settings("runs/killed", resume="auto"))
             assert (code, message) == (

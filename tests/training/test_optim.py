@@ -1,7 +1,5 @@
 """The optimizer's groups and the learning rate."""
 
-import math
-
 import pytest
 import torch
 
@@ -75,5 +73,7 @@ def test_fused_adamw_equals_the_plain_one_on_weights_as_they_are_loaded(tmp_path
             (nll_sum / n_tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
-    weights = [torch.cat([p.detach().flatten() for p in network.parameters()]) for network in (model, plain)]
-    assert math.isclose((weights[0] - weights[1]).norm().item() / weights[1].norm().item(), 0, abs_tol=1e-5)
+    for (name, weight), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if name.endswith("c_attn.bias"):  # the key third's gradient is zero in exact arithmetic, and noise in ours
+            weight, wanted = weight.view(3, -1)[[0, 2]], wanted.view(3, -1)[[0, 2]]
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=1e-6, msg=name)
