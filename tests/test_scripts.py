@@ -266,6 +266,15 @@ def test_chat_reads_standard_input(work, tuned):
     assert "\ufffd" not in done.out
 
 
+@pytest.mark.parametrize("lighter", [("--bf16",), ("--quantize", "int8")], ids=" ".join)
+def test_chat_says_what_lighter_weights_cost(work, tuned, lighter):
+    model = ("--model_name_or_path", "tuned/export", "--max_new_tokens", 4)
+    done = work("chat.py", *model, *lighter, "--prompt", "Say it.")
+    cost = rf"perplexity \S+ in fp32, \S+ in {lighter[-1].strip('-')} \(\S+%\), over \d+ tokens of English\n"
+    assert done.code == 0
+    assert re.fullmatch(cost, done.err)
+
+
 # ---- what goes wrong
 
 
@@ -277,6 +286,8 @@ def test_chat_reads_standard_input(work, tuned):
         ("chat.py", "--model_name_or_path runs/sft/export", 1, "runs/sft/export: no such folder (and not a hub id"),
         ("chat.py", "--model_name_or_path model --top_p 0", 2, "--top_p must be above 0 and at most 1, got 0.0"),
         ("chat.py", "--model_name_or_path model --temperature -1", 2, "--temperature must be at least 0, got -1.0"),
+        ("chat.py", "--model_name_or_path model --quantize int4", 2, "--quantize must be int8, got 'int4'"),
+        ("chat.py", "--model_name_or_path model --quantize int8 --bf16", 2, "--quantize int8 computes in bf16 already"),
         ("chat.py", "--prompt Hi", 1, "--model_name_or_path is needed: a folder or a hub id"),
         ("sft.py", "--model_name_or_path model", 1, "--data is needed: a file, a folder, a glob or hf://datasets/"),
         ("sft.py", "--model_name_or_path model --data trian.json", 1, "trian.json: no such file or folder (did"),

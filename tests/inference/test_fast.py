@@ -1,6 +1,7 @@
 """Packed and quantized weights against the plain path."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minigpt.inference.fast import Int8Linear, PackedLinear, for_generation, perplexity
+import minigpt
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.inference.fast import Int8Linear, PackedLinear, for_generation, perplexity, with_loss
 from minigpt.inference.sampling import generate
 from minigpt.model.gpt2 import GPT, GPTConfig
 
@@ -175,3 +178,36 @@ def test_perplexity(model):
     assert perplexity(for_generation(model, "int8"), sequences) == pytest.approx(expected, rel=0.2)
     with pytest.raises(ValueError, match="perplexity needs a sequence of two tokens or more"):
         perplexity(model, [[1]])
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_the_cost_of_lighter_weights_is_measured_on_what_the_model_gives(quantize):
+    """The line is of the very model that is returned, over every token of the text but each piece's first."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.tiny()
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_positions=100, n_embd=64, n_layer=1, n_head=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    text = (Path(minigpt.__file__).parent / "assets" / "english.txt").read_text(encoding="utf-8")
+    ids = tokenizer.encode(text)
+    pieces = torch.tensor(ids[: len(ids) // 100 * 100]).view(-1, 100)
+    rest = torch.tensor([ids[len(ids) // 100 * 100 :]])
+
+    def judged(network):
+        with torch.no_grad():
+            losses = [
+                F.cross_entropy(network(idx[:, :-1]).float().transpose(1, 2), idx[:, 1:], reduction="none").flatten()
+                for idx in (pieces, rest)
+            ]
+        return torch.cat(losses).double().mean().exp().item()
+
+    before = judged(model)
+    lighter, line = with_loss(model, tokenizer, quantize)
+    assert next(lighter.h.parameters()).dtype == torch.bfloat16
+    numbers = re.match(r"perplexity ([\d,.]+) in fp32, ([\d,.]+) in (\w+) \(([-+][\d.]+)%\), over (\d+) tokens", line)
+    fp32, after = (float(numbers[group].replace(",", "")) for group in (1, 2))
+    assert fp32 == pytest.approx(before, rel=1e-5)
+    assert after == pytest.approx(judged(lighter), rel=2e-3)  # bf16 sums depend on the shape
+    assert float(numbers[4]) == pytest.approx((after / fp32 - 1) * 100, abs=0.01)
+    assert (numbers[3], int(numbers[5])) == (quantize or "bf16", len(ids))
