@@ -13,6 +13,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 
 from minigpt.arguments import ModelArguments, PromptArguments, check_range, require
@@ -101,16 +102,17 @@ def main(config: ChatConfig) -> None:
     def load(name: str, revision: str | None = None) -> tuple[GPT, Tokenizer, Template]:
         model = GPT.from_pretrained(name, revision=revision, device=pick_device(config.device))
         own = config.tokenizer_name is None
-        tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision if own else None)
+        with ThreadPoolExecutor() as pool:  # the weights are packed while the vocabulary is read
+            packed = None if config.bf16 or config.quantize else pool.submit(for_generation, model)
+            tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision if own else None)
         model.config.check_vocabulary(tokenizer.vocab_size)
         template = get_template(config.template or template_of(name, revision), **config.triggers)
         if config.stop_blank_line:
             template = replace(template, stop=(*template.stop, "\n\n"))
-        if config.bf16 or config.quantize:
-            model, cost = with_loss(model, tokenizer, config.quantize)
-            print(cost, file=sys.stderr)
-        else:
-            model = for_generation(model)
+        if packed:
+            return packed.result(), tokenizer, template
+        model, cost = with_loss(model, tokenizer, config.quantize)
+        print(cost, file=sys.stderr)
         return model, tokenizer, template
 
     sampling = SamplingArguments(**{field.name: getattr(config, field.name) for field in fields(SamplingArguments)})

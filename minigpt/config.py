@@ -35,7 +35,7 @@ import docstring_parser
 import tyro
 import yaml
 
-from minigpt.distributed import OtherRankFailed, is_main, rank
+from minigpt.distributed import OtherRankFailed, is_main, rank, world_size
 from minigpt.files import whole_file
 from minigpt.version import __version__
 
@@ -49,26 +49,35 @@ def run(main: Callable[[T], None], config_class: type[T]) -> None:
     130 Ctrl-C.
     """
     debug = "--debug" in sys.argv[1:]  # not from the configuration: it counts for errors in that as well
-    exit_code = 2
+    code: int | str | None = 2
     try:
         try:
             config = parse(config_class)
-            exit_code = 1
+            code = 1
             main(config)
+            code = None
         finally:
             sys.stdout.flush()  # so that a closed pipe shows here, and not at the interpreter's end
+    except SystemExit as leaving:
+        code = leaving.code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code = 1
     except Exception as error:
         if debug:
             raise
         where = "" if is_main() else f"rank {rank()}: "
         print(f"{where}error: {_in_one_line(error)}", file=sys.stderr)
-        sys.exit(exit_code)
+    if world_size() > 1 and not isinstance(code, str):
+        # Threads of torch's process groups live on in a rank that is done. One that wakes up while the interpreter is
+        # taken down aborts the process, after all is done: one ZeRO-3 run in fifty ended so.
+        sys.stderr.flush()
+        os._exit(code or 0)
+    if code:
+        sys.exit(code)
 
 
 def parse(config_class: type[T], argv: Sequence[str] | None = None) -> T:

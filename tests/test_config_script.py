@@ -183,3 +183,18 @@ def test_a_closed_pipe_is_quiet(toy, argv):
     done = toy(*argv, shell="| true; exit ${PIPESTATUS[0]}")
     assert done.stderr == ""
     assert done.returncode in (0, 1)  # 0 where all was written before the pipe closed
+
+
+@pytest.mark.parametrize(("ends", "code"), [("", 0), ("raise ValueError('no')", 1), ("sys.exit(75)", 75)])
+def test_a_rank_that_is_done_cannot_be_aborted_by_the_interpreters_end(tmp_path, ends, code):
+    """One ZeRO-3 run in fifty ended with SIGABRT when all was done: a thread of gloo woke up after Python had gone."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import atexit, os, sys\nfrom dataclasses import dataclass\nfrom minigpt.config import run\n"
+        "@dataclass\nclass Config:\n    'A rank.'\n"
+        f"def main(config):\n    print('done')\n    atexit.register(os.abort)\n    {ends or 'pass'}\n"
+        "run(main, Config)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "done\n")
