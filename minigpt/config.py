@@ -76,7 +76,7 @@ def run(main: Callable[[T], None], config_class: type[T]) -> None:
         # taken down aborts the process, after all is done: one ZeRO-3 run in fifty ended so.
         sys.stderr.flush()
         os._exit(code or 0)
-    if code:
+    if code is not None:
         sys.exit(code)
 
 
