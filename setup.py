@@ -17,7 +17,7 @@ EXTRAS = {
 }
 TEST = [
     *("pytest>=8", "transformers>=4.50", "jinja2>=3.1", "regex", "openai>=1.40", "httpx>=0.27", "schemathesis>=4"),
-    *(requirement for extra in ("plot", "parquet", "serve") for requirement in EXTRAS[extra]),
+    *(requirement for extra in ("curation", "parquet", "plot", "serve", "tensorboard") for requirement in EXTRAS[extra]),
 ]
 
 setup(
@@ -30,7 +30,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["minigpt", "minigpt.*"]),
     package_data={
-        "minigpt": ["py.typed", "assets/*.txt", "assets/*.tiktoken", "assets/tables/*.tsv", "inference/serve/web/*"]
+        "minigpt": [
+            *("py.typed", "assets/*.txt", "assets/*.jsonl", "assets/*.tiktoken", "assets/tables/*.tsv"),
+            *("inference/*.html", "inference/serve/web/*", "selfinstruct/web/*"),
+        ]
     },
     install_requires=[
         "torch>=2.5",
