@@ -12,12 +12,17 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "serve": ["fastapi>=0.115", "pydantic>=2.7", "uvicorn>=0.30"],
     "tensorboard": ["tensorboard>=2.16"],
+    "wandb": ["wandb>=0.17"],
     "parquet": ["pyarrow>=15"],
     "curation": ["sentence-transformers>=3"],
 }
 TEST = [
     *("pytest>=8", "transformers>=4.50", "jinja2>=3.1", "regex", "openai>=1.40", "httpx>=0.27", "schemathesis>=4"),
-    *(requirement for extra in ("curation", "parquet", "plot", "serve", "tensorboard") for requirement in EXTRAS[extra]),
+    *(
+        requirement
+        for extra in ("curation", "parquet", "plot", "serve", "tensorboard")
+        for requirement in EXTRAS[extra]
+    ),
 ]
 
 setup(

@@ -7,16 +7,25 @@ minigpt/training/loop.py (the step).
 """
 
 import math
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minigpt.arguments import DataArguments, ModelArguments, PromptArguments, TrainConfig, check_range, require
+from minigpt.arguments import (
+    DataArguments,
+    ModelArguments,
+    PredictArguments,
+    PromptArguments,
+    TrainConfig,
+    check_range,
+    require,
+)
 from minigpt.config import run
 from minigpt.distributed import is_main, pick_device, say
 
 
 @dataclass
-class SFTConfig(ModelArguments, DataArguments, PromptArguments, TrainConfig):
+class SFTConfig(ModelArguments, DataArguments, PromptArguments, PredictArguments, TrainConfig):
     """Teach a GPT-2 to follow instructions."""
 
     max_seq_length: int | None = None
@@ -27,21 +36,16 @@ class SFTConfig(ModelArguments, DataArguments, PromptArguments, TrainConfig):
     """Raw text of earlier training, mixed into every step against forgetting."""
     replay_ratio: float = 0.25
     """Blocks of replay_data for each example of a step; at least one a step."""
-    eval_samples: int = 2
-    """Sample answers to show at each evaluation."""
-    max_new_tokens: int = 128
-    """Longest answer in tokens, of the samples and of predict; never more than half of the model's context."""
     inspect: int = 0
     """Print this many examples as the model will see them, and the statistics of data; then stop."""
     eval_only: bool = False
     """Take the loss on data; then stop."""
-    predict: str | None = None
-    """Answer this dataset and write the answers to output_dir/predictions.jsonl, with their scores; then stop."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "at least 1", lambda x: x >= 1, "max_seq_length", "max_new_tokens")
-        check_range(self, "at least 0", lambda x: x >= 0, "replay_ratio", "eval_samples", "inspect", "skip_bad_records")
+        PredictArguments.__post_init__(self)
+        TrainConfig.__post_init__(self)
+        check_range(self, "at least 1", lambda x: x >= 1, "max_seq_length")
+        check_range(self, "at least 0", lambda x: x >= 0, "replay_ratio", "inspect", "skip_bad_records")
         check_range(self, "at least 0 and below 1", lambda x: 0 <= x < 1, "validation_split")
 
 
@@ -52,6 +56,8 @@ def main(config: SFTConfig) -> None:
     from minigpt.data.prompts import get_template, template_of
     from minigpt.data.store import Blocks, build_store, build_text_store, split
     from minigpt.data.tokenizer import Tokenizer
+    from minigpt.inference.fast import for_generation
+    from minigpt.inference.judge import Judge
     from minigpt.inference.predict import predict_file, show_answers
     from minigpt.model.gpt2 import GPT, GPTConfig
     from minigpt.training.checkpoint import export
@@ -75,26 +81,25 @@ def main(config: SFTConfig) -> None:
     max_new_tokens = min(config.max_new_tokens, model_config.n_positions // 2)
     encoding = (template, tokenizer, max_seq_length, config.train_on_prompt)
 
-    # ---- a look at the data, the loss on it, or answers, and no training
+    # ---- answers, a look at the data, or the loss on it, and no training
     if config.predict:
-        if not is_main():  # one process answers
-            return
-        model = GPT.from_pretrained(name, revision=revision, device=device)
-        predict_file(
-            config.predict,
-            Path(config.output_dir or "runs/sft"),
-            model,
-            tokenizer,
-            template,
-            max_new_tokens=max_new_tokens,
-            batch_size=config.per_device_eval_batch_size,
-            skip_bad_records=config.skip_bad_records,
-            overwrite=config.overwrite_output_dir,
-        )
+        if is_main():  # one process answers
+            predict_file(
+                config.predict,
+                Path(config.output_dir or "runs/sft"),
+                for_generation(GPT.from_pretrained(name, revision=revision, device=device)),
+                tokenizer,
+                template,
+                name=f"{name}@{revision}" if revision else name,
+                max_new_tokens=max_new_tokens,
+                batch_size=config.per_device_eval_batch_size,
+                skip_bad_records=config.skip_bad_records,
+                overwrite=config.overwrite_output_dir,
+                compare_with=config.compare_with,
+                judge=Judge(config.judge_api_base or "", config.judge_model) if config.judge_model else None,
+            )
         return
     require(config, "data", "a file, a folder, a glob or hf://datasets/OWNER/NAME/FILE")
-    if config.inspect:
-        show_examples(config.data, config.inspect, *encoding)
 
     def read(paths: list[str]):
         store = build_store(paths, *encoding, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir)
@@ -102,15 +107,13 @@ def main(config: SFTConfig) -> None:
         return store
 
     if config.inspect:
+        show_examples(config.data, config.inspect, *encoding)
         read(config.data)
         return
     if config.eval_only:
         data = read(config.data)
-        engine = make_engine(GPT.from_pretrained(name, revision=revision, device=device), config)
-        try:
+        with closing(make_engine(GPT.from_pretrained(name, revision=revision, device=device), config)) as engine:
             loss = evaluate(engine, data, config.per_device_eval_batch_size)
-        finally:
-            engine.close()
         if not math.isfinite(loss):
             raise ValueError(f"{name}: the loss is {loss}: the weights are broken")
         say(f"loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
@@ -131,37 +134,28 @@ def main(config: SFTConfig) -> None:
             say(f"{' '.join(config.replay_data)}: {texts.stats}")
             replay_data = Blocks(texts, max_seq_length)
         if config.plan:
-            replay = replay_data.lengths if replay_data else ()
+            of_replay = replay_data.lengths if replay_data else ()
             of_run = plan(
-                config, model_config, train_data.lengths, replay_lengths=replay, replay_ratio=config.replay_ratio
+                config, model_config, train_data.lengths, replay_lengths=of_replay, replay_ratio=config.replay_ratio
             )
             say(of_run.table())
             return
         model = GPT.from_pretrained(name, revision=revision, device=device, **changes)
         say(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
-        engine = make_engine(model, config)
-        try:
+        learnt = f"Instruction-tuned on {', '.join(Path(p).name for p in config.data)}."
+        with closing(make_engine(model, config)) as engine:
             result = train(
                 config,
                 engine,
                 train_data,
                 eval_data,
-                replay_data=replay_data,
-                replay_ratio=config.replay_ratio,
                 on_eval=lambda module, step: show_answers(
                     module, step, tokenizer, eval_data, config.eval_samples, max_new_tokens
                 ),
-                export=lambda weights, to: export(
-                    to,
-                    model,
-                    tokenizer,
-                    template,
-                    weights,
-                    f"Instruction-tuned on {', '.join(Path(p).name for p in config.data)}.",
-                ),
+                export=lambda weights, to: export(to, model, tokenizer, template, weights, learnt),
+                replay_data=replay_data,
+                replay_ratio=config.replay_ratio,
             )
-        finally:
-            engine.close()
         say(result.table(folder))
 
 

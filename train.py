@@ -6,6 +6,7 @@
 Read on in minigpt/data/store.py (text as blocks of tokens) and minigpt/training/loop.py (the step).
 """
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,25 +103,16 @@ def main(config: PretrainConfig) -> None:
         model = GPT.from_pretrained(name, config.revision, **changes) if name else GPT(model_config)
         model = model.to(device)
         say(f"{name or config.config_name}: {model.num_parameters():,} parameters; {len(train_data):,} blocks")
-        engine = make_engine(model, config)
-        try:
+        learnt = f"Trained on the text of {', '.join(Path(p).name for p in config.data)}."
+        with closing(make_engine(model, config)) as engine:
             result = train(
                 config,
                 engine,
                 train_data,
                 eval_data,
                 on_eval=lambda module, step: show_text(module, tokenizer, eval_data, config.sample_tokens, config.seed),
-                export=lambda weights, to: export(
-                    to,
-                    model,
-                    tokenizer,
-                    get_template("none"),
-                    weights,
-                    f"Trained on the text of {', '.join(Path(p).name for p in config.data)}.",
-                ),
+                export=lambda weights, to: export(to, model, tokenizer, get_template("none"), weights, learnt),
             )
-        finally:
-            engine.close()
         say(result.table(folder))
 
 

@@ -4,6 +4,7 @@ The docstring under a field is its help text; `minigpt.config` turns all of it i
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,6 +62,33 @@ class PromptArguments:
         """The changed trigger words, as `get_template` takes them."""
         names = ("instruction", "input", "output", "human", "assistant")
         return {name: getattr(self, f"trigger_{name}") for name in names}
+
+
+@dataclass
+class PredictArguments:
+    """Answers: samples at each evaluation, or those to a whole dataset, and no training."""
+
+    eval_samples: int = 2
+    """Sample answers to show at each evaluation."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens; never more than half of the model's context."""
+    predict: str | None = None
+    """Answer this dataset; predictions.jsonl, scores.json and a page to look at, predictions.html, go to output_dir."""
+    compare_with: str | None = None
+    """Folder of the same questions' predictions, which the page shows beside these."""
+    judge_api_base: str | None = None
+    """Have the answers marked from 0 to 100 by a model behind OpenAI's API, such as http://127.0.0.1:8000/v1. Its key
+    is read from OPENAI_API_KEY."""
+    judge_model: str | None = None
+    """That model's name there."""
+
+    def __post_init__(self) -> None:
+        if bool(self.judge_api_base) != bool(self.judge_model):
+            raise ValueError("--judge_api_base and --judge_model say where the judge is and who: give both")
+        if (self.compare_with or self.judge_model) and not self.predict:
+            raise ValueError("--compare_with and --judge_model go with --predict")
+        check_range(self, "at least 0", lambda x: x >= 0, "eval_samples")
+        check_range(self, "at least 1", lambda x: x >= 1, "max_new_tokens")
 
 
 @dataclass
@@ -124,6 +152,8 @@ class TrainConfig:
     """Examples of one forward pass in an evaluation, on each device."""
     logging_steps: int = 10
     """Print a line every so many steps where the output is not a terminal; metrics.jsonl has every step."""
+    report_to: list[Literal["none", "tensorboard", "wandb"]] = field(default_factory=list)
+    """Send every step's numbers there, too. TensorBoard's files lie in output_dir/tensorboard."""
     seed: int = 42
     """Fixes initialisation, dropout, the validation split and the order of the data."""
 
@@ -152,7 +182,7 @@ class TrainConfig:
         return {} if self.dropout is None else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout)
 
 
-def check_range(config: Any, wanted: str, holds, *names: str) -> None:
+def check_range(config: Any, wanted: str, holds: Callable[[Any], bool], *names: str) -> None:
     """Raises a ValueError that names the flag where a field that is set does not hold."""
     for name in names:
         value = getattr(config, name)

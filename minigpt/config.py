@@ -90,6 +90,8 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None) -> T:
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--local_rank", "--local-rank")  # added by deepspeed; LOCAL_RANK in the environment counts
     argv = launcher.parse_known_args(argv)[1]
+    if os.environ.get("NO_COLOR"):  # https://no-color.org
+        tyro._experimental_options["ansi_codes"] = False
     found, unknown = tyro.cli(
         _form(config_class, hints),
         default={"debug": False, "version": False},

@@ -30,6 +30,8 @@ class HubServer:
         self.root = root
         self.requests: list[str] = []
         """What was asked, in order: "HEAD /OWNER/NAME/resolve/main/config.json"."""
+        self.token: str | None = None
+        """Whoever does not bring it is told that there is no such repository, as of a private one."""
         self.env = {
             "HF_ENDPOINT": endpoint,
             "HF_HOME": str(home),
@@ -54,7 +56,7 @@ def serve_hub(root: Path, home: Path) -> Iterator[HubServer]:
         def answer(self) -> None:
             hub.requests.append(f"{self.command} {self.path}")
             match = _RESOLVE.fullmatch(self.path)
-            if not match:
+            if not match or (hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}"):
                 return self.refuse("RepoNotFound")
             folder = root / (match["datasets"] or "") / match["repo"]
             if not folder.is_dir():

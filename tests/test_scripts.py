@@ -237,7 +237,9 @@ def test_what_predict_writes_is_what_chat_says(work, tuned):
     model = ("--model_name_or_path", "tuned/export", "--max_new_tokens", 12)
     out = work.good("sft.py", *model, "--predict", "held.json", "--output_dir", "answers")
     assert re.fullmatch(
-        r"answers/predictions.jsonl: 4 answers: exact match \S+%, ROUGE-L \S+, \S+% stop by themselves\n", out
+        r"answers/predictions.jsonl: 4 answers: exact match \S+%, ROUGE-L \S+, \S+% stop by themselves\n"
+        r"answers/predictions.html: to look at in a browser\n",
+        out,
     )
     lines = [json.loads(line) for line in (work.folder / "answers" / "predictions.jsonl").read_text().splitlines()]
     assert [line["prompt"][0]["input"] for line in lines] == ["windday", "windlight", "windfall", "windy"]

@@ -1,20 +1,24 @@
-"""Answers for a whole dataset, and how good they are."""
+"""Answers for a whole dataset, and how good they are: `sft.py --predict`, and the samples at an evaluation."""
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from minigpt.data.order import deal
 from minigpt.data.prompts import Message, Template
-from minigpt.data.records import read_records
+from minigpt.data.records import Conversation, read_records
 from minigpt.data.store import Blocks, Subset, TokenStore
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import progress_bar, say, world_size
-from minigpt.files import whole_file, writing_to
+from minigpt.files import writing_to
 from minigpt.inference.chat import fit_prompt
-from minigpt.inference.sampling import generate
+from minigpt.inference.compare import PAGE, PREDICTIONS, Run, check_questions, read_run, write_run
+from minigpt.inference.decoder import Decoder
+from minigpt.inference.judge import Judge, mark_answers, request_for
+from minigpt.inference.sampling import Sampling, generate
 from minigpt.model.gpt2 import GPT
+
+JUDGEMENTS = "judgements.jsonl"
 
 
 class Prediction(NamedTuple):
@@ -51,7 +55,7 @@ def predict(
     model: GPT,
     tokenizer: Tokenizer,
     template: Template,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -63,46 +67,68 @@ def predict(
     Args:
         conversations: each ends with the assistant's message that is the reference.
         max_new_tokens: room for an answer; a prompt that leaves less of the context is cut as in chat.
-        batch_size: conversations answered together, alike in length.
+        batch_size: conversations answered together. When an answer ends, the next question takes its place.
 
     Raises:
-        ValueError: a conversation does not end with a question and its answer; or no room is left for prompts.
+        ValueError: a conversation does not end with a question and its answer, or no room is left for its question;
+            the message begins with where it was read.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
+    if not conversations:
+        return []
+    room = model.config.n_positions - max_new_tokens
+    prompts = [_prompt(number, found, template, tokenizer, room) for number, found in enumerate(conversations)]
+    longest = max(map(len, prompts)) + max_new_tokens
+    rows = min(batch_size, len(prompts))
+    decoder = Decoder(model, max_rows=rows, max_length=longest, tokenizer=tokenizer)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, eos_id=tokenizer.eot_id, stop=template.stop_strings()
+    )
+    places = {}  # by the decoder's key. Those alike in length are read together, the longest first: they take most room
+    for place in sorted(range(len(prompts)), key=lambda place: -len(prompts[place])):
+        own = None if seed is None else seed + place
+        places[decoder.add(prompts[place], replace(sampling, seed=own))] = place
+
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    prompts = []
-    for index, messages in enumerate(conversations):
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise ValueError(f"conversation {index} has no question, or no answer to compare with")
-        prompts.append(fit_prompt(messages[:-1], template, tokenizer, model.config.n_positions - max_new_tokens)[0])
-    found: list[Prediction | None] = [None] * len(prompts)
+    new: list[list[int]] = [[] for _ in prompts]
+    found: dict[int, Prediction] = {}
     with progress_bar(len(prompts), "answer", "answering") as bar:
-        for places in deal([len(prompt) for prompt in prompts], batch_size):
-            answers = generate(
-                model,
-                [prompts[place] for place in places],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                eos_id=tokenizer.eot_id,
-                stop=template.stop_strings(),
-                tokenizer=tokenizer,
-                seed=None if seed is None else [seed + int(place) for place in places],
-            )
-            for place, ids in zip(places, answers, strict=True):
-                stopped = ids[-1:] == [tokenizer.eot_id]
-                answer = template.read_answer(tokenizer.decode(ids[:-1] if stopped else ids))
-                reference = conversations[place][-1]["content"].strip()
-                found[int(place)] = Prediction(
-                    prompt=list(conversations[place][:-1]),
+        while len(decoder):
+            for key, token, reason in decoder.step():
+                place = places[key]
+                new[place].append(token)
+                if reason is None:
+                    continue
+                stopped = token == tokenizer.eot_id
+                answer = template.read_answer(tokenizer.decode(new[place][:-1] if stopped else new[place]))
+                messages = conversations[place].messages
+                reference = messages[-1]["content"].strip()
+                found[place] = Prediction(
+                    prompt=list(messages[:-1]),
                     reference=reference,
                     prediction=answer,
                     stopped=stopped,
                     exact_match=answer == reference,
                     rouge_l=scorer.score(reference, answer)["rougeL"].fmeasure,
                 )
-            bar.update(len(places))
-    return [prediction for prediction in found if prediction is not None]
+                bar.update(1)
+    return [found[place] for place in range(len(prompts))]
+
+
+def _prompt(number: int, conversation: Conversation, template: Template, tokenizer: Tokenizer, room: int) -> list[int]:
+    """The ids that ask a conversation's last question; an error begins with where it was read."""
+    source = conversation.source or f"conversation {number}"
+    messages = conversation.messages
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(f"{source}: no question and answer, so nothing to compare with")
+    try:
+        ids = fit_prompt(messages[:-1], template, tokenizer, room).ids
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    if not ids:
+        raise ValueError(f"{source}: the question is empty")
+    return ids
 
 
 def predict_file(
@@ -112,37 +138,63 @@ def predict_file(
     tokenizer: Tokenizer,
     template: Template,
     *,
+    name: str,
     max_new_tokens: int,
     batch_size: int,
     skip_bad_records: int = 0,
     overwrite: bool = False,
-) -> Scores:
-    """Answers a dataset; writes `predictions.jsonl`, a line per answer, and `scores.json` into a folder.
+    compare_with: str | None = None,
+    judge: Judge | None = None,
+) -> Run:
+    """Answers a dataset into a folder: predictions.jsonl, a line per answer, scores.json, and predictions.html.
+
+    Answers of the same model that are there already are not given anew where there is something else to do with them.
+
+    Args:
+        name: the model's, for scores and page.
+        overwrite: answer anew.
+        compare_with: a folder of the same questions' answers, which the page shows beside these.
+        judge: marks the answers, see `mark_answers`; what it said is kept in judgements.jsonl.
 
     Raises:
-        FileExistsError: the folder holds predictions already, and `overwrite` is not set.
-        ValueError: a record that is no question and answer, named with its file and line.
+        FileExistsError: the folder holds predictions, and nothing is to be done with them.
+        ValueError: a record that is no question and answer, or the folders' questions differ: named with file and line.
     """
-    target = folder / "predictions.jsonl"
-    if target.exists() and not overwrite:
+    target = folder / PREDICTIONS
+    given = target.exists() and not overwrite
+    if given and not (compare_with or judge):
         raise FileExistsError(f"{target}: is there already; give another --output_dir, or --overwrite_output_dir")
-    conversations = []
-    for conversation in read_records(path, skip_bad_records=skip_bad_records):
-        if conversation.messages[0]["role"] == "text":
-            raise ValueError(f"{conversation.source}: plain text, expected a question and its answer")
-        conversations.append(conversation.messages)
-    predictions = predict(
-        model, tokenizer, template, conversations, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
-    scores = score(predictions)
-    lines = [json.dumps(prediction._asdict(), ensure_ascii=False) + "\n" for prediction in predictions]
-    contents = {target: "".join(lines), folder / "scores.json": json.dumps(scores._asdict()) + "\n"}
-    with writing_to(folder, "--output_dir"):
-        for file, content in contents.items():
-            with whole_file(file) as temporary:
-                temporary.write_text(content, encoding="utf-8")
-    say(f"{target}: {scores}")
-    return scores
+    conversations = list(read_records(path, skip_bad_records=skip_bad_records))
+    if not conversations:
+        raise ValueError(f"{path}: no question in it")
+    questions = [(found.messages[:-1], found.messages[-1]["content"].strip()) for found in conversations]
+    others = [read_run(Path(compare_with))] if compare_with else []
+    for other in others:
+        check_questions(other, questions, path)
+    if given:
+        run = read_run(folder)
+        if run.name != name:
+            raise FileExistsError(f"{target}: the answers of {run.name}; give another --output_dir for those of {name}")
+        check_questions(run, questions, path)
+        say(f"{target}: is there already, and stays as it is (--overwrite_output_dir answers anew)")
+    else:
+        predictions = predict(
+            model, tokenizer, template, conversations, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+        scores = {"model": name, "data": path, **score(predictions)._asdict()}
+        run = Run(name, folder, [prediction._asdict() for prediction in predictions], scores)
+    write_run(run, path, others)
+    say(f"{target}: {Scores(*(run.scores[name] for name in Scores._fields))}")
+    if judge:
+        asked = [request_for(line["prompt"], line["reference"], line["prediction"]) for line in run.predictions]
+        with writing_to(folder, "--output_dir"):
+            marks = mark_answers(asked, judge, folder / JUDGEMENTS)
+        lines = [{**line, "mark": mark} for line, mark in zip(run.predictions, marks.each, strict=True)]
+        run = run._replace(predictions=lines, scores={**run.scores, "judge": marks.summary()})
+        write_run(run, path, others)
+        say(f"{folder / JUDGEMENTS}: {marks}")
+    say(f"{folder / PAGE}: to look at in a browser")
+    return run
 
 
 def show_answers(

@@ -27,6 +27,7 @@ from minigpt.training.engine import Engine
 from minigpt.training.metrics import Metrics, losses_of
 from minigpt.training.optim import learning_rate
 from minigpt.training.preemption import Preempted, Preemption
+from minigpt.training.report_to import Reports
 from minigpt.training.run import CONFIG, EXPORT, EXPORT_BEST, LOSS_PICTURE, METRICS, goes_on, leave, start_run
 
 PAD = 0  # any id of the vocabulary: padding stands behind all that counts, and its targets are ignored
@@ -156,7 +157,9 @@ def train(
 
     with (
         Preemption(listen=output_dir is not None) as preemption,
-        Metrics(output_dir, total_steps, config.logging_steps, first_step) as metrics,
+        Metrics(
+            output_dir, total_steps, config.logging_steps, first_step, Reports(config, output_dir, first_step)
+        ) as metrics,
     ):
         engine.module.train()
         if eval_data and first_step == 0:

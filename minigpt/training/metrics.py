@@ -9,19 +9,28 @@ from pathlib import Path
 from typing import IO, Any
 
 from minigpt.distributed import is_main, progress_bar, say
+from minigpt.training.report_to import Reports, numbers_of
 from minigpt.training.run import LOSS_PICTURE, METRICS
 
 
 class Metrics:
     """Writes each step's numbers on rank 0, into `folder` if there is one. A context manager: the end draws.
 
-    A run that goes on after `first_step` steps appends to what it wrote before.
+    A run that goes on after `first_step` steps appends to what it wrote before. `reports` get the same numbers.
     """
 
-    def __init__(self, folder: Path | None, total_steps: int, logging_steps: int, first_step: int = 0):
+    def __init__(
+        self,
+        folder: Path | None,
+        total_steps: int,
+        logging_steps: int,
+        first_step: int = 0,
+        reports: Reports | None = None,
+    ):
         self.total_steps = total_steps
         self.logging_steps = logging_steps
         self.first_step = first_step
+        self.reports = reports
         self.folder = folder if is_main() else None
         self.file: IO[str] | None = None
 
@@ -36,6 +45,8 @@ class Metrics:
         """Prints the evaluation before the first step."""
         self.bar.clear()
         say(f"step 0/{self.total_steps:,}  val_loss {val_loss:.4f}")
+        if self.reports is not None:
+            self.reports.log(0, numbers_of({"val_loss": val_loss}))
         self.started = time.perf_counter()
 
     def log(self, line: dict[str, Any]) -> None:
@@ -45,6 +56,8 @@ class Metrics:
             self.file.write(json.dumps(finite) + "\n")  # JSON knows no infinity, which an overflow in fp16 is
             self.file.flush()
         step = line["step"]
+        if self.reports is not None:
+            self.reports.log(step, numbers_of(line))
         text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad {line['grad_norm']:.2f}"
         self.bar.set_postfix_str(f"{text}  {line['tokens_per_s']:,.0f} tok/s", refresh=False)
         self.bar.update(step - self.bar.n)
@@ -62,14 +75,19 @@ class Metrics:
             draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
 
     def bytes_on_disk(self) -> int:
-        """Length of metrics.jsonl, which a checkpoint records."""
+        """Length of metrics.jsonl, which a checkpoint records. A run that goes on from there tells nothing twice, so
+        what was told until now must be on disk."""
+        if self.reports is not None:
+            self.reports.flush()
         if self.file is None:
             return 0
         os.fsync(self.file.fileno())
         return self.file.tell()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
+        if self.reports is not None:
+            self.reports.close(failed=error is not None)
         if self.file is not None and self.folder is not None:
             self.file.close()
             with contextlib.suppress(OSError):  # a full disk: the error that ends the run is the one to show
