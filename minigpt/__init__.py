@@ -5,7 +5,7 @@ not wait for torch.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minigpt.version import __version__
 
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'minigpt' has no attribute {name!r}")
     value = getattr(import_module(_HOME_OF[name]), name)

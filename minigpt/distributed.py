@@ -10,6 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+    from tqdm import tqdm
 
 
 def rank() -> int:
@@ -68,7 +73,7 @@ def start_process_group(device_type: str) -> None:
     distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
 
 
-def _meet():
+def _meet() -> "Store":
     """The ranks' store, once all have come: one node may tokenize for hours what another finds in its cache."""
     from torch import distributed
 
@@ -112,7 +117,7 @@ def all_or_none() -> Iterator[None]:
         raise OtherRankFailed(f"rank {rank()} stops, because {failed} of {world_size()} ranks failed")
 
 
-def progress_bar(total: int | None, unit: str, description: str, unit_scale: bool = False, initial: int = 0):
+def progress_bar(total: int | None, unit: str, description: str, unit_scale: bool = False, initial: int = 0) -> "tqdm":
     """A tqdm bar on standard error: on rank 0, and only where that is a terminal."""
     from tqdm import tqdm
 

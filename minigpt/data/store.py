@@ -13,10 +13,11 @@ import platform
 import shutil
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +75,7 @@ class TokenStore(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]  # refuses what lies outside
         span = slice(self.offsets[index], self.offsets[index + 1])
         return Example(self.ids[span], self.supervised[span])
@@ -106,7 +107,7 @@ class Blocks(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         ids = self.ids[self.starts[index] : self.starts[index] + self.block_size + 1]
         return Example(ids, np.ones(len(ids), dtype=bool))
 
@@ -124,7 +125,7 @@ class Subset(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self.data[self.indices[index]]
 
 
@@ -209,7 +210,7 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def _key(files: Iterable[Path], *settings) -> str:
+def _key(files: Iterable[Path], *settings: Any) -> str:
     """A hash of the files' bytes and of everything else that the ids depend on."""
     digest = hashlib.blake2b(json.dumps([__version__, FORMAT, *settings], sort_keys=True).encode(), digest_size=16)
     for path in files:
@@ -219,7 +220,13 @@ def _key(files: Iterable[Path], *settings) -> str:
     return digest.hexdigest()
 
 
-def _open(key: str, tokenizer: Tokenizer, files: Sequence[Path], fill, cache_dir: str | Path | None) -> TokenStore:
+def _open(
+    key: str,
+    tokenizer: Tokenizer,
+    files: Sequence[Path],
+    fill: Callable[["_Writer"], None],
+    cache_dir: str | Path | None,
+) -> TokenStore:
     """The store of this key; where there is none, one process builds it and the others look again until it is there.
 
     The builder holds a lock of the operating system, which falls with its process: where it was killed, one of those
@@ -259,7 +266,7 @@ def _try_lock(path: Path) -> Iterator[bool]:
                 path.unlink(missing_ok=True)
 
 
-def _build(folder: Path, tokenizer: Tokenizer, files: Sequence[Path], fill) -> None:
+def _build(folder: Path, tokenizer: Tokenizer, files: Sequence[Path], fill: Callable[["_Writer"], None]) -> None:
     """Fills a store beside its place and moves it there whole. Its lock is held."""
     # by machine: where a network file system keeps locks to each machine, two may build the same at once
     ending = f".{platform.node()}.building"
@@ -312,7 +319,7 @@ class _Writer:
         self.prompt_lengths.append(prompt_length)
         self.open = 0
 
-    def __exit__(self, error_type, error, traceback) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         self.bar.close()
         for file in (self.ids, self.supervised):
             file.close()

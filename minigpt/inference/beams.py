@@ -23,7 +23,13 @@ class _Search:
     """The beams of one prompt."""
 
     def __init__(
-        self, prompt: Sequence[int], room: int, sampling: Sampling, num_beams: int, length_penalty: float, tokenizer
+        self,
+        prompt: Sequence[int],
+        room: int,
+        sampling: Sampling,
+        num_beams: int,
+        length_penalty: float,
+        tokenizer: Tokenizer | None,
     ):
         self.prompt_length, self.room, self.sampling = len(prompt), room, sampling
         self.length_penalty, self.tokenizer = length_penalty, tokenizer
@@ -72,7 +78,11 @@ class _Search:
             return False
         if new[-1] == self.sampling.eos_id:
             return True
-        return bool(self.sampling.stop) and any(stop in self.tokenizer.decode(new) for stop in self.sampling.stop)
+        if not self.sampling.stop:
+            return False
+        assert self.tokenizer  # check_sampling asks for it
+        text = self.tokenizer.decode(new)
+        return any(stop in text for stop in self.sampling.stop)
 
 
 @torch.no_grad()  # as in decoder.py

@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minigpt.data.dataset import encode_segments
 from minigpt.data.prompts import Message, Template
@@ -44,7 +44,9 @@ class Chat:
         answers: an `Answer` for each, the newest last.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, template: Template, system: str | None = None, **sampling):
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, template: Template, system: str | None = None, **sampling: Any
+    ):
         """Raises `ValueError` where the system text leaves no room for a question."""
         self.model, self.tokenizer, self.template, self.sampling = model, tokenizer, template, sampling
         self.messages: list[Message] = []
@@ -187,7 +189,9 @@ def fit_prompt(messages: Sequence[Message], template: Template, tokenizer: Token
     return Prompt(ids, (start - first) // 2, 0)
 
 
-def _cut_left(message: Message, room: int, encode, tokenizer: Tokenizer) -> tuple[list[int], int]:
+def _cut_left(
+    message: Message, room: int, encode: Callable[[list[Message]], list[int]], tokenizer: Tokenizer
+) -> tuple[list[int], int]:
     """The ids of the prompt with as much of the message's right end as fits, and how many of its tokens went."""
     all_cut = 0
     ids = encode([message])

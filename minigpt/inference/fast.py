@@ -13,6 +13,7 @@ import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ def _can_pack(weight: Tensor) -> bool:
     )
 
 
-def _refuse_state_dict(*_) -> None:
+def _refuse_state_dict(*_: Any) -> None:
     raise ValueError("these weights are packed for generation; save the model that they came from")
 
 

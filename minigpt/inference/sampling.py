@@ -6,6 +6,7 @@ rows that come and go in decoder.py, beam search in beams.py.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.beams import search
@@ -102,7 +103,7 @@ def generate(
 
 
 def stream(
-    model: GPT, prompt: Sequence[int], *, max_new_tokens: int, tokenizer: Tokenizer | None = None, **settings
+    model: GPT, prompt: Sequence[int], *, max_new_tokens: int, tokenizer: Tokenizer | None = None, **settings: Any
 ) -> Iterator[int]:
     """Continues one prompt and yields each id as it comes. The settings are `Sampling`'s, and the errors `generate`'s.
 

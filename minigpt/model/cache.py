@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,22 @@ class KVCache:
         dtype: of keys and values; attention over the cache computes in it.
     """
 
-    def __init__(self, config, batch_size: int, max_length: int, *, device=None, dtype=None):
+    def __init__(
+        self,
+        config: Any,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         shape = (config.n_layer, 2, batch_size, config.n_head, max_length, config.n_embd // config.n_head)
         self.buffer = _zeros(shape, device, dtype)  # zeros: a masked slot must not hold a NaN
         self.max_length = max_length
         self.length = 0  # slots in use: one more than the highest position of the last call
 
     @classmethod
-    def for_model(cls, model, batch_size: int, max_length: int) -> "KVCache":
+    def for_model(cls, model: Any, batch_size: int, max_length: int) -> "KVCache":
         """A cache where the model's weights are. On a CPU it is fp32, whatever they are: one query against many keys
         is slower there in bf16, by up to three times, though it reads half the bytes."""
         weight = model.wpe.weight
@@ -69,7 +78,7 @@ class KVCache:
         self.buffer[:, :, targets, :, start:stop] = self.buffer[:, :, sources, :, start:stop]
 
 
-def _zeros(shape: tuple[int, ...], device, dtype: torch.dtype | None) -> Tensor:
+def _zeros(shape: tuple[int, ...], device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
     """Zeros, of which a CPU holds only the pages that are written: numpy asks for clear pages, torch clears them."""
     if torch.device(device or "cpu").type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)

@@ -10,6 +10,7 @@ Shapes: B rows, T positions, C = n_embd, nh heads of hs = C / nh, V = vocab_size
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class GPTConfig:
     bos_token_id: int = 50256
     eos_token_id: int = 50256
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.activation_function not in TANH_GELUS:
@@ -60,14 +61,14 @@ class GPTConfig:
             )
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "GPTConfig":
+    def preset(cls, name: str, **changes: Any) -> "GPTConfig":
         """One of the four published sizes: gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, revision: str | None = None, **changes) -> "GPTConfig":
+    def from_pretrained(cls, name_or_folder: str | Path, revision: str | None = None, **changes: Any) -> "GPTConfig":
         """The shape of a checkpoint, with some fields changed. Errors: those of `GPT.from_pretrained`."""
         values = hub.read_config(name_or_folder, revision)
         try:
@@ -204,7 +205,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool | Tensor = False,
-    ):
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or the loss.
 
         Args:
@@ -261,7 +262,7 @@ class GPT(nn.Module):
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        **changes,
+        **changes: Any,
     ) -> "GPT":
         """A checkpoint in Hugging Face's layout, from a folder or from the hub, in eval mode.
 

@@ -8,6 +8,8 @@ The idea is Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:24
 altogether where a target is ignored (the prompt, the padding), which in instruction tuning is most positions.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,13 +45,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tup
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         nll_sum, *gradients = _loss_and_gradients(hidden, weight, targets, gradients=True)
         ctx.save_for_backward(*gradients)
         return nll_sum
 
     @staticmethod
-    def backward(ctx, scale: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         d_hidden, d_weight = ctx.saved_tensors
         # In fp32, because a loss scale of 65536 is infinite in fp16.
         return (d_hidden * scale[None]).to(d_hidden.dtype), (d_weight * scale[None]).to(d_hidden.dtype), None

@@ -4,8 +4,9 @@ Weights are safetensors, in one file or in shards named by an index. A pickle is
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -19,7 +20,9 @@ INDEX = "model.safetensors.index.json"
 class SkipInit(TorchFunctionMode):
     """Modules made under it keep their parameters as they are: the checkpoint is about to replace them."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))

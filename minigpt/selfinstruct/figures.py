@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minigpt.files import whole_file
 
@@ -259,7 +259,7 @@ def draw_pictures(
     return True
 
 
-def _picture_of_rings(axes, rings: Sequence[Ring]) -> None:
+def _picture_of_rings(axes: Any, rings: Sequence[Ring]) -> None:
     from matplotlib.patches import Wedge
 
     for sector in sectors(rings):
@@ -284,7 +284,7 @@ def _picture_of_rings(axes, rings: Sequence[Ring]) -> None:
     axes.axis("off")
 
 
-def _picture_of_bins(axes, chart: Histogram) -> None:
+def _picture_of_bins(axes: Any, chart: Histogram) -> None:
     edges = [chart.start + index * chart.width for index in range(len(chart.bars) + 1)]
     widths = [chart.width] * len(chart.bars)
     axes.bar(edges[:-1], chart.bars, widths, align="edge", color="tab:blue", edgecolor="white", label=chart.name)
@@ -300,7 +300,7 @@ def _picture_of_bins(axes, chart: Histogram) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _picture_of_bars(axes, chart: Bars) -> None:
+def _picture_of_bars(axes: Any, chart: Bars) -> None:
     names, counts = zip(*chart.counts, strict=True)
     bars = axes.barh(names, counts, color=["tab:blue", *["tab:orange"] * (len(names) - 1)])
     axes.bar_label(bars, [f" {count:,} ({chart.share(count):.1%})" for count in counts])

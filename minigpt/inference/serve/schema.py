@@ -66,7 +66,7 @@ class Sampled(_Strict):
     logit_bias: EmptyDict | None = None
 
     @model_validator(mode="after")
-    def _options_go_with_streaming(self):
+    def _options_go_with_streaming(self) -> "Sampled":
         if self.stream_options and not self.stream:
             raise ValueError("stream_options goes with stream: true")
         return self
