@@ -42,7 +42,7 @@ setup(
     },
     install_requires=[
         "torch>=2.5",
-        "numpy>=1.26",
+        "numpy>=2.0",  # bitwise_count
         "tiktoken>=0.7",
         "safetensors>=0.4.3",
         # Not 0.17.6-0.18.2 (issue 7718) nor 0.18.3-0.19.3 (8224): their ZeRO-2 gradients were wrong without a word.
