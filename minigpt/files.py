@@ -6,6 +6,7 @@ hub. The hub side is huggingface_hub's: its cache, `HF_HUB_OFFLINE`, `HF_ENDPOIN
 
 import errno
 import json
+import os
 import shutil
 import socket
 import time
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 from uuid import uuid4
@@ -43,7 +44,7 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, repo_type: s
     """Downloads one file of a hub repository into huggingface_hub's cache, or finds it there."""
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
-    offline = not _hub_is_reachable()
+    offline = not hub_is_reachable()
     try:
         return Path(
             hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type, local_files_only=offline)
@@ -65,7 +66,7 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, repo_type: s
 
 
 @cache
-def _hub_is_reachable() -> bool:
+def hub_is_reachable() -> bool:
     """One look a process: huggingface_hub itself would try for half a minute, for every file."""
     from huggingface_hub import constants
 
@@ -93,6 +94,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return content
+
+
+def claim(folder: Path, lock: IO[str], otherwise: str) -> None:
+    """Makes a folder this process's until the lock file, opened with "a+", is closed, or the process gone.
+
+    Raises `FileExistsError` where another process has it; `otherwise` is what else the user may do than to wait.
+    """
+    import fcntl  # not on Windows, where all but training and self-instruct runs
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise FileExistsError(
+            f"{folder}: another run, {lock.read()}, is writing into this folder; wait for it, end it, or {otherwise}"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class _NoRedirects(HTTPRedirectHandler):
         return None
 
 
-_opener = build_opener(_NoRedirects)
+opener = build_opener(_NoRedirects)
 
 
 def api_url(api_base: str, path: str) -> str:
@@ -95,7 +95,7 @@ def post_json(
     for attempt in range(attempts):
         pause = min(2.0**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
         try:
-            with _opener.open(request, timeout=timeout) as response:
+            with opener.open(request, timeout=timeout) as response:
                 answer = json.loads(response.read())
             if isinstance(answer, dict):
                 return answer

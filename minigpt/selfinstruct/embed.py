@@ -10,7 +10,7 @@ import numpy as np
 
 from minigpt.data.order import deal
 from minigpt.distributed import pick_device, progress_bar
-from minigpt.files import find_file
+from minigpt.files import find_file, hub_is_reachable
 
 ROWS = 256  # compared at once: 100 MB of cosines with 100,000 vectors
 
@@ -45,9 +45,15 @@ class Embedder:
             raise ValueError(
                 f"{name_or_folder}: embeddings need sentence-transformers: pip install 'minigpt[curation]'"
             ) from None
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # it also runs where nobody sits at a terminal
         try:
             self.model = SentenceTransformer(
-                str(name_or_folder), device=pick_device(device), model_kwargs={"use_safetensors": True}
+                str(name_or_folder),
+                device=pick_device(device),
+                local_files_only=Path(name_or_folder).is_dir() or not hub_is_reachable(),
+                model_kwargs={"use_safetensors": True},
             )
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{name_or_folder}: sentence-transformers cannot read it ({error})") from error

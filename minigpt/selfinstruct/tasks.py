@@ -11,6 +11,9 @@ from typing import NamedTuple
 from minigpt.data.records import read_records
 from minigpt.data.streams import find_data_files, read_values
 
+SEED_TASKS = Path(__file__).parents[1] / "assets" / "seed_tasks.jsonl"
+"""The pool that comes along."""
+
 
 class Task(NamedTuple):
     """An instruction, what it is about if anything, and what a good answer is."""

@@ -10,10 +10,7 @@ export-best/   the lowest validation loss, where it is not the last
 .lock          held by the operating system while the run lives; a killed run leaves nothing to clean
 """
 
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +20,7 @@ from typing import IO
 from minigpt.arguments import TrainConfig
 from minigpt.config import save_yaml
 from minigpt.distributed import is_main, say
-from minigpt.files import remove, whole_file, writing_to
+from minigpt.files import claim, remove, whole_file, writing_to
 from minigpt.training.checkpoint import CHECKPOINTS, find_checkpoint, keep_newest, remove_unfinished
 from minigpt.training.preemption import EXIT_CODE
 
@@ -47,16 +44,7 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
         yield folder
         return
     with writing_to(folder, "--output_dir"), _lock_file(folder) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise FileExistsError(
-                f"{folder}: another run, {lock.read()}, is writing into this folder; wait for it, end it, or {OTHER}"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        claim(folder, lock, OTHER)
         remove(folder / PREEMPTED)  # an earlier start's: whoever looks shall see this one's
         if not goes_on(folder, find_checkpoint(folder, config.resume)):  # refused now, not after the data was read
             _held(folder, config)

@@ -1,0 +1,200 @@
+"""The files of a bootstrap run, complete up to the last round that was committed.
+
+machine_generated_instructions.jsonl   a line per kept task; sft.py --data reads it
+requests.jsonl                         a line per request: its shots, what came back, what became of each task
+statistics.json                        the counts; written last, it is what commits a round
+config.yaml, seed_tasks.jsonl          the settings and the seed pool that the run was begun with
+arrived.jsonl                          completions of a server, of a round that is under way
+.lock                                  held by the operating system while the run lives
+
+The first two are only appended to. Whatever stands in them past the numbers in statistics.json is of a round that was
+killed while it was written; the next start cuts it off.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from minigpt.config import parse, save_yaml
+from minigpt.files import claim, read_json, remove, whole_file, writing_to
+from minigpt.selfinstruct.filters import NAMES
+from minigpt.selfinstruct.generators import Completion
+from minigpt.selfinstruct.tasks import Task
+
+TASKS, REQUESTS, STATISTICS = "machine_generated_instructions.jsonl", "requests.jsonl", "statistics.json"
+CONFIG, SEED_TASKS, ARRIVED = "config.yaml", "seed_tasks.jsonl", "arrived.jsonl"
+# What may change while a run goes on: how far, where, and with how much patience; of the seed tasks the content counts.
+FREE = {
+    *("batch_dir", "num_instructions_to_generate", "max_requests", "max_stall", "seed_tasks_path", "device"),
+    *("api_base", "api_timeout", "api_retries"),
+    *("curate", "data", "eval_data", "embedding_model", "curate_threshold", "output_dir"),  # of another command
+}
+
+
+@dataclass
+class Statistics:
+    """What came of all requests so far."""
+
+    requests: int = 0
+    completions: int = 0
+    tasks: int = 0
+    kept: int = 0
+    rejected: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NAMES, 0))
+    """Tasks by the first filter that dropped them."""
+    ended: str | None = None
+    """What ended the run: target, max_requests or max_stall."""
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.kept / self.tasks if self.tasks else 0.0
+
+
+class BatchDir:
+    """A folder that this process alone writes to, see `open_batch_dir`."""
+
+    def __init__(self, folder: Path, config: Any, seed_tasks: Sequence[Task]):
+        """Begins a run, or goes on with the one that is there.
+
+        Raises:
+            ValueError: it was begun with other settings or seed tasks, or its files are damaged.
+            FileExistsError: the folder holds something else.
+        """
+        self.folder = folder
+        self.statistics = Statistics()
+        for half_written in folder.glob(".*.*"):  # by `whole_file`, and killed
+            remove(half_written)
+        seeds = "".join(_seed_line(task) for task in seed_tasks)
+        if (folder / STATISTICS).exists():
+            found = read_json(folder / STATISTICS)
+            self.statistics = Statistics(**{name.name: found[name.name] for name in fields(Statistics)})
+        else:
+            _check_empty(folder)
+        begun = self.statistics.requests > 0 or (folder / ARRIVED).exists()
+        if begun:
+            _check_same(folder, config, seeds)
+        else:
+            self.commit([], [])  # first of all: a folder with this file is ours
+            with whole_file(folder / SEED_TASKS) as path:
+                path.write_text(seeds, encoding="utf-8")
+        save_yaml(config, folder / CONFIG)
+        for _ in _committed(folder / REQUESTS, self.statistics.requests):
+            pass
+        self.kept = _read_lines(folder / TASKS, _committed(folder / TASKS, self.statistics.kept))
+        """The lines of machine_generated_instructions.jsonl."""
+        self.arrived = self._read_arrived()
+        """Completions of the round under way, by the seed that they were asked with."""
+
+    def commit(self, tasks: Sequence[dict[str, Any]], requests: Sequence[dict[str, Any]]) -> None:
+        """Appends lines to both files, and makes them count by writing `self.statistics`."""
+        _append(self.folder / TASKS, tasks)
+        _append(self.folder / REQUESTS, requests)
+        values = {**asdict(self.statistics), "acceptance_rate": self.statistics.acceptance_rate}
+        order = ("requests", "completions", "tasks", "kept", "acceptance_rate", "rejected", "ended")
+        with whole_file(self.folder / STATISTICS) as path, path.open("w", encoding="utf-8") as file:
+            file.write(json.dumps({name: values[name] for name in order}, indent=2) + "\n")
+            _to_disk(file)
+
+    def keep(self, seed: int, completions: list[Completion]) -> None:
+        """Keeps what a server answered, so that it need not be asked again."""
+        self.arrived[seed] = completions
+        _append(self.folder / ARRIVED, [{"seed": seed, "completions": as_json(completions)}])
+
+    def forget_arrived(self) -> None:
+        """The round is committed, and its completions with it."""
+        self.arrived.clear()
+        (self.folder / ARRIVED).unlink(missing_ok=True)
+
+    def _read_arrived(self) -> dict[int, list[Completion]]:
+        path = self.folder / ARRIVED
+        if not path.exists():
+            return {}
+        whole = path.read_bytes().rpartition(b"\n")[0]
+        os.truncate(path, len(whole) + 1 if whole else 0)
+        lines = _read_lines(path, whole.splitlines())
+        return {line["seed"]: [Completion(**values) for values in line["completions"]] for line in lines}
+
+
+@contextmanager
+def open_batch_dir(folder: Path, config: Any, seed_tasks: Sequence[Task]) -> Iterator[BatchDir]:
+    """Claims the folder for this process. Errors: those of `BatchDir`, and FileExistsError where a run is in it."""
+    with writing_to(folder, "--batch_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "a+", encoding="utf-8") as lock:
+            claim(folder, lock, "give another --batch_dir")
+            yield BatchDir(folder, config, seed_tasks)
+
+
+def as_json(completions: Sequence[Completion]) -> list[dict[str, Any]]:
+    return [completion._asdict() for completion in completions]
+
+
+def _check_empty(folder: Path) -> None:
+    """Refuses a folder whose files are another run's."""
+    for name in (CONFIG, TASKS, REQUESTS):
+        path = folder / name
+        if path.exists() and path.stat().st_size:
+            raise FileExistsError(
+                f"{path}: is there, but no {STATISTICS}, so it is another run's; give another --batch_dir"
+            )
+
+
+def _check_same(folder: Path, config: Any, seeds: str) -> None:
+    """Refuses to go on with what would not have come to the same."""
+    earlier = parse(type(config), ["--config", str(folder / CONFIG)])
+    changed = [
+        f"--{name} {getattr(earlier, name)} (now {getattr(config, name)})"
+        for name in (field.name for field in fields(config))
+        if name not in FREE and getattr(earlier, name) != getattr(config, name)
+    ]
+    if changed:
+        raise ValueError(f"{folder}: was begun with {', '.join(changed)}; give that, or another --batch_dir")
+    if (folder / SEED_TASKS).read_text(encoding="utf-8") != seeds:
+        raise ValueError(
+            f"{folder}: was begun with other seed tasks; --seed_tasks_path {folder / SEED_TASKS} goes on with them, "
+            "or give another --batch_dir"
+        )
+
+
+def _seed_line(task: Task) -> str:
+    instances = [{"input": task.input, "output": task.output}]
+    values = {"instruction": task.instruction, "instances": instances, "is_classification": task.is_classification}
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        _to_disk(file)
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _committed(path: Path, count: int) -> Iterator[bytes]:
+    """The first lines of a file, which is cut after them."""
+    with path.open("r+b") as file:
+        for number in range(count):
+            line = file.readline()
+            if not line.endswith(b"\n"):
+                raise ValueError(
+                    f"{path}: holds {number} whole lines, but {STATISTICS} speaks of {count} "
+                    "(put the others back, or give another --batch_dir)"
+                )
+            yield line
+        file.truncate(file.tell())
+
+
+def _read_lines(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}:{number}: not JSON: the file was damaged (give another --batch_dir)") from None
+    return found

@@ -1,0 +1,249 @@
+"""Runs that are stopped, killed, continued and refused: nothing is lost, and nothing comes out otherwise."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from minigpt.config import parse
+from minigpt.selfinstruct import batch_dir
+from minigpt.selfinstruct.batch_dir import BatchDir, open_batch_dir
+from minigpt.selfinstruct.bootstrap import list_of_tasks
+from minigpt.selfinstruct.endpoint import ApiGenerator, EndpointArguments
+from minigpt.selfinstruct.generators import GeneratorArguments
+from minigpt.selfinstruct.request import TaskFormat
+from minigpt.selfinstruct.tasks import read_seed_tasks
+
+from .endpoint import MODEL, Reply, serving
+from .runs import SEEDS, TASKS, Config, bootstrap, config_of, contents, lines, same
+from .writers import Scripted
+
+# ---- stopped and continued
+
+
+def test_a_run_in_steps_equals_one_in_one_go(tmp_path, whole):
+    """Ended by its target, by its requests, within rounds and between them, and continued each time."""
+    for settings in (
+        {"num_instructions_to_generate": 3},
+        {"max_requests": 5},
+        {"max_requests": 8},
+        {"max_requests": 9},
+    ):
+        bootstrap(tmp_path / "run", **settings)
+    asked = Scripted()
+    bootstrap(tmp_path / "run", asked)
+    same(tmp_path / "run", contents(whole))
+    assert len(asked.asked) <= 40  # nothing anew
+    once = len(asked.asked)
+    bootstrap(tmp_path / "run", asked)  # it has ended
+    same(tmp_path / "run", contents(whole))
+    assert len(asked.asked) == once
+
+
+@pytest.fixture(autouse=True, scope="module")
+def a_lock_of_ones_own():
+    """tqdm's lock is shared with forked processes: one that is killed with it in hand never gives it back."""
+    tqdm.set_lock(threading.RLock())
+
+
+def killed(folder: Path, prepare, **settings) -> None:
+    """A run in a process of its own, which `prepare` sees to it is killed."""
+
+    def child() -> None:
+        prepare()
+        bootstrap(folder, **settings)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def die(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_of_a_file(name):
+    """Killed while it appends to a file, in the second round: part of what it appends is there."""
+
+    def prepare() -> None:
+        real = batch_dir._append
+
+        def append(path, lines):
+            if path.name == name and (path.exists() and path.stat().st_size) and lines:
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(text[: 2 * len(text) // 3])
+                die()
+            real(path, lines)
+
+        batch_dir._append = append
+
+    return prepare
+
+
+def after(owner, name, count):
+    """Killed when it has called this so many times."""
+
+    def prepare() -> None:
+        real, calls = getattr(owner, name), []
+
+        def call(*arguments):
+            found = real(*arguments)
+            calls.append(1)
+            return die() if len(calls) == count else found
+
+        setattr(owner, name, call)
+
+    return prepare
+
+
+PLACES = {
+    "half of the tasks": half_of_a_file(TASKS),
+    "half of the requests": half_of_a_file("requests.jsonl"),
+    "nothing written yet": after(batch_dir, "save_yaml", 1),
+    "the first file": after(batch_dir, "_append", 1),
+    "tasks and no requests": after(batch_dir, "_append", 5),
+    "requests and no statistics": after(batch_dir, "_append", 6),
+    "a round": after(BatchDir, "commit", 2),
+    "two rounds": after(BatchDir, "commit", 3),
+    "completions and no verdicts": after(Scripted, "complete", 2),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_anywhere_and_run_again(tmp_path, whole, place):
+    killed(tmp_path / "run", PLACES[place])
+    bootstrap(tmp_path / "run")
+    same(tmp_path / "run", contents(whole))
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
+def test_killed_again_and_again_at_random_moments(tmp_path, whole, seed):
+    """Twenty times, from the outside."""
+    rng, exits = random.Random(seed), []
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(target=bootstrap, args=(tmp_path / "run",))
+        process.start()
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        exits.append(process.exitcode)
+    assert exits.count(-signal.SIGKILL) > 10
+    bootstrap(tmp_path / "run")
+    same(tmp_path / "run", contents(whole))
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": 1}, "was begun with --seed 42 (now 1); give that, or another --batch_dir"),
+        (
+            {"temperature": 0.5, "format": "io"},
+            "was begun with --temperature 1.0 (now 0.5), --format iio (now io); give",
+        ),
+        ({"seed_tasks": SEEDS[1:]}, "was begun with other seed tasks; --seed_tasks_path "),
+    ],
+)
+def test_another_run_does_not_go_on_in_its_place(whole, settings, message):
+    before = contents(whole)
+    with pytest.raises(ValueError) as error:
+        bootstrap(whole, **settings)
+    assert str(error.value).startswith(f"{whole}: {message}")
+    same(whole, before)
+
+
+def test_the_seed_tasks_are_kept_and_can_be_read_again(whole):
+    assert read_seed_tasks(whole / "seed_tasks.jsonl") == SEEDS
+
+
+def test_the_configuration_is_kept(whole):
+    assert parse(Config, ["--config", str(whole / "config.yaml")]) == config_of(whole)
+
+
+def test_one_run_at_a_time(tmp_path, whole):
+    with open_batch_dir(tmp_path, config_of(tmp_path), SEEDS), pytest.raises(FileExistsError) as error:
+        bootstrap(tmp_path)
+    assert f"another run, process {os.getpid()} on " in str(error.value)
+    bootstrap(tmp_path)
+    same(tmp_path, contents(whole))
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "config.yaml").write_text("learning_rate: 1\n")
+    with pytest.raises(FileExistsError, match=r"config.yaml: is there, but no statistics.json"):
+        bootstrap(tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "learning_rate: 1\n"
+
+
+def test_lines_that_somebody_took_out(tmp_path):
+    bootstrap(tmp_path, num_instructions_to_generate=5)
+    kept = (tmp_path / TASKS).read_bytes().splitlines(keepends=True)
+    (tmp_path / TASKS).write_bytes(b"".join(kept[1:]))
+    with pytest.raises(ValueError, match=rf"{TASKS}: holds {len(kept) - 1} whole lines, but statistics.json speaks of"):
+        bootstrap(tmp_path)
+    (tmp_path / TASKS).write_bytes(b"{\n" + b"".join(kept[1:]))
+    with pytest.raises(ValueError, match=rf"{TASKS}:1: not JSON"):
+        bootstrap(tmp_path)
+
+
+# ---- a server
+
+
+def ask(server, folder, **settings):
+    endpoint = EndpointArguments(server.base, MODEL, api_retries=0)
+    config = config_of(folder, **settings)
+    how = list_of_tasks(GeneratorArguments(request_batch_size=2), config, TaskFormat())
+    return bootstrap(folder, ApiGenerator(endpoint, how), **settings)
+
+
+def test_what_a_server_answered_is_never_asked_again(tmp_path):
+    """It fails at every fifth request, and each time the run ends; what had arrived by then is used."""
+    arrived = tmp_path / "run" / "arrived.jsonl"
+    with serving(lambda number, body: Reply(500) if number % 5 == 4 else None) as server:
+        for _ in range(100):
+            try:
+                found = ask(server, tmp_path / "run")
+                break
+            except OSError:
+                assert not arrived.exists() or len(arrived.read_bytes().splitlines()) <= 8
+        paid = server.answered
+    assert len(paid) == len(set(paid))  # nothing twice
+    assert len(server.bodies) > len(paid) + 2
+    used = [request["seed"] % 2**31 for request in lines(tmp_path / "run", "requests.jsonl")]
+    assert found.requests == len(used)
+    assert set(used) <= set(paid)
+    # nothing lost: what lies past the target waits for a larger one
+    waiting = {line["seed"] % 2**31 for line in lines(tmp_path / "run", "arrived.jsonl")}
+    assert set(paid) == set(used) | waiting
+    with serving() as server:
+        ask(server, tmp_path / "run", num_instructions_to_generate=120)
+        assert not {body["seed"] for body in server.bodies} & set(paid)
+        ask(server, tmp_path / "whole", num_instructions_to_generate=120)
+    for name in (TASKS, "requests.jsonl", "statistics.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_half_a_line_of_what_arrived(tmp_path):
+    """Killed while it wrote a completion down: that one is asked for again, and no other."""
+    with serving(lambda number, body: Reply(500) if number >= 5 else None) as server, pytest.raises(OSError):
+        ask(server, tmp_path)
+    arrived = tmp_path / "arrived.jsonl"
+    *whole_lines, last = arrived.read_bytes().splitlines(keepends=True)
+    arrived.write_bytes(b"".join(whole_lines) + last[:-7])
+    with serving() as server:
+        ask(server, tmp_path)
+    again = {body["seed"] for body in server.bodies}
+    assert json.loads(last)["seed"] % 2**31 in again
+    assert not {json.loads(line)["seed"] % 2**31 for line in whole_lines} & again

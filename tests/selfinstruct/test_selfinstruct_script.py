@@ -1,0 +1,349 @@
+"""selfinstruct.py from end to end, as a process of its own: a model that babbles, and a scripted server."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+import selfinstruct
+from minigpt.config import parse
+from minigpt.data.tokenizer import Tokenizer
+
+from ..workplace import ROOT, Workplace
+from .endpoint import MODEL, Reply, serving
+from .writers import VERBS, WORDS, babbler
+
+SCRIPT = "selfinstruct.py"
+TASKS = "machine_generated_instructions.jsonl"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+LOCAL = ("--model_name_or_path", "babbler", "--format", "io", "--seed_tasks_path", "seeds.jsonl", "--max_length", 60)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Workplace:
+    work = Workplace(tmp_path_factory.mktemp("selfinstruct"))
+    tokenizer = Tokenizer.tiny()
+    babbler(tokenizer).save_pretrained(work.folder / "babbler")
+    tokenizer.save_pretrained(work.folder / "babbler", 256)
+    seeds = [
+        {"instruction": f"{verb} {word}.", "instances": [{"input": "", "output": f"The {word}."}]}
+        for verb, word in zip(VERBS, WORDS, strict=False)
+    ]
+    (work.folder / "seeds.jsonl").write_text("".join(json.dumps(seed) + "\n" for seed in seeds))
+    return work
+
+
+@pytest.fixture(scope="module")
+def local(work) -> str:
+    """A run that nobody disturbs: what it prints. Its folder is `local`."""
+    return work.good(SCRIPT, *LOCAL, "--num_instructions_to_generate", 25, "--batch_dir", "local")
+
+
+def contents(work: Workplace, run: str) -> dict[str, bytes]:
+    """What a run comes to, byte for byte, but for the folder's name. The report follows from these."""
+    names = (TASKS, "requests.jsonl", "statistics.json", "config.yaml", "seed_tasks.jsonl")
+    found = {name: (work.folder / run / name).read_bytes() for name in names}
+    found["config.yaml"] = found["config.yaml"].replace(run.encode(), b"RUN")
+    return found
+
+
+def same(work: Workplace, run: str, other: str = "local") -> None:
+    found, expected = contents(work, run), contents(work, other)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def requests_of(work: Workplace, run: str) -> int:
+    path = work.folder / run / "statistics.json"
+    return json.loads(path.read_text())["requests"] if path.exists() else 0
+
+
+@contextmanager
+def started(work: Workplace, *arguments: object, launcher=(sys.executable,)):
+    """The process; at the end of the block it is killed, and so are the ranks that a launcher started."""
+    with subprocess.Popen(
+        [*launcher, str(ROOT / SCRIPT), *map(str, arguments)],
+        cwd=work.folder,
+        env=work.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
+
+
+def until(holds, process, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# ---- a local model
+
+
+def test_a_local_run(work, local):
+    statistics = json.loads((work.folder / "local" / "statistics.json").read_text())
+    kept = lines(work.folder / "local" / TASKS)
+    assert statistics["ended"] == "target"
+    assert len(kept) == statistics["kept"] >= 25
+    rows = dict(line.split(maxsplit=1) for line in local.splitlines() if line.startswith(("kept", "report", "next")))
+    assert rows["kept"] == f"{len(kept)} ({len(kept) / statistics['tasks']:.1%})"
+    assert rows["report"] == "local/report.html"
+    assert rows["next"] == f"python sft.py --model_name_or_path babbler --data local/{TASKS}"
+    assert (work.folder / "local" / "report.html").read_text().startswith("<!doctype html>")
+    assert len(lines(work.folder / "local" / "requests.jsonl")) == statistics["requests"]
+
+
+def test_its_next_command_trains(work, local):
+    next_command = local.splitlines()[-1].split()
+    assert next_command[:3] == ["next", "python", "sft.py"]
+    limits = ("--max_steps", 2, "--eval_samples", 0, "--template", "io", "--output_dir", "tuned")
+    out = work.good("sft.py", *next_command[3:], *limits)
+    assert f"local/{TASKS}: {len(lines(work.folder / 'local' / TASKS))} examples" in out
+    assert (work.folder / "tuned" / "export" / "model.safetensors").exists()
+
+
+def test_its_own_configuration_goes_on(work, local):
+    """A larger target, in a copy; nothing of what was there changes."""
+    shutil.copytree(work.folder / "local", work.folder / "copy")
+    out = work.good(SCRIPT, "--config", "copy/config.yaml", "--batch_dir", "copy", "--num_instructions_to_generate", 32)
+    assert out.startswith(f"copy: going on after {requests_of(work, 'local')} requests, ")
+    for name in (TASKS, "requests.jsonl"):
+        before = (work.folder / "local" / name).read_bytes()
+        assert (work.folder / "copy" / name).read_bytes().startswith(before)
+    assert len(lines(work.folder / "copy" / TASKS)) >= 32
+
+
+def test_sigterm_then_the_same_command(work, local):
+    command = (*LOCAL, "--num_instructions_to_generate", 25, "--batch_dir", "term")
+    with started(work, *command) as process:
+        until(lambda: requests_of(work, "term") >= 20, process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (
+        75,
+        "\nterm: interrupted; every finished round is kept, and the same command goes on\n",
+    )
+    work.good(SCRIPT, *command)
+    same(work, "term")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "kills"), [((sys.executable,), 20), (TORCHRUN, 5)], ids=["one process", "two ranks"]
+)
+def test_killed_at_random_moments(work, local, launcher, kills):
+    """While it starts, or at some moment after it has committed a round."""
+    rng, run = random.Random(kills), f"killed-{kills}"
+    command = (*LOCAL, "--num_instructions_to_generate", 25, "--batch_dir", run)
+    seen = set()
+    while kills:
+        before = requests_of(work, run)
+        with started(work, *command, launcher=launcher) as process:
+            deadline = time.monotonic() + rng.choice([3, 60, 60, 60])
+            while process.poll() is None and requests_of(work, run) == before and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.2))
+            kills -= process.poll() is None
+        seen.add(requests_of(work, run))
+        if requests_of(work, run) == requests_of(work, "local"):  # it has ended: once more
+            work.good(SCRIPT, *command)
+            same(work, run)
+            shutil.rmtree(work.folder / run)
+    work.good(SCRIPT, *command)
+    same(work, run)
+    assert len(seen) > 2
+
+
+@pytest.mark.slow
+def test_torchrun_comes_to_the_same(work, local):
+    command = (*LOCAL, "--num_instructions_to_generate", 25, "--batch_dir", "ranks")
+    with started(work, *command, launcher=TORCHRUN) as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert out == local.replace("local", "ranks")
+    same(work, "ranks")
+
+
+def test_garbage_ends_with_its_histogram(work):
+    """The tiny model is untrained."""
+    done = work(
+        SCRIPT,
+        *("--model_name_or_path", "model", "--max_length", 15, "--format", "io", "--seed_tasks_path", "seeds.jsonl"),
+        *("--max_stall", 10, "--batch_dir", "garbage"),
+    )
+    assert done.code == 1
+    assert done.err == (
+        "error: garbage: 0 of 100 tasks kept; --max_stall 10 requests in a row brought nothing new; "
+        "no task could be read in 10 completions\n"
+    )
+    assert "kept             0 (-)" in done.out.splitlines()
+    assert "next" not in done.out
+    assert (work.folder / "garbage" / "report.html").exists()
+
+
+# ---- a server
+
+
+def server_command(server, run: str, *more: object) -> tuple[object, ...]:
+    where = ("--api_base", server.base, "--api_model", MODEL, "--batch_dir", run)
+    return (*where, "--seed_tasks_path", "seeds.jsonl", *more)
+
+
+def test_a_server(work):
+    with serving() as server:
+        out = work.good(SCRIPT, *server_command(server, "api"), OPENAI_API_KEY="sk-1")
+    assert len(lines(work.folder / "api" / TASKS)) >= 100
+    assert set(server.keys) == {"Bearer sk-1"}
+    assert "sk-1" not in "".join(path.read_text() for path in (work.folder / "api").glob("*.*l*"))
+    assert 1 < server.most_at_once <= 5
+    assert out.splitlines()[-1].endswith(f"--model_name_or_path openai-community/gpt2 --data api/{TASKS}")
+
+
+def test_ctrl_c_leaves_at_once_and_nothing_is_asked_twice(work):
+    """Also while requests are under way that will take a minute more."""
+    arrived = work.folder / "cc" / "arrived.jsonl"
+    with serving(lambda number, body: Reply(after=60) if number >= 28 else None) as server:
+        with started(work, *server_command(server, "cc")) as process:
+            until(lambda: len(server.bodies) == 33, process)
+            until(lambda: arrived.exists() and arrived.read_bytes().count(b"\n") == 8, process)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=10)
+        assert process.returncode == 75
+        paid = set(server.answered)
+        assert len(paid) == 28
+    with serving() as server:
+        work.good(SCRIPT, *server_command(server, "cc"))
+    assert not paid & {body["seed"] for body in server.bodies}
+    asked = {request["seed"] % 2**31 for request in lines(work.folder / "cc" / "requests.jsonl")}
+    assert paid <= asked
+
+
+@pytest.mark.slow
+def test_five_hundred_tasks_from_the_real_seed_tasks(work, shared_data):
+    """And from a server in a bad mood; sft.py trains on the result."""
+
+    def mood(number, body):
+        return {3: Reply(429, {}, Retry_After="1"), 5: Reply(500), 7: Reply(200, b"<html>")}.get(number % 60)
+
+    with serving(mood) as server:
+        out = work.good(
+            SCRIPT,
+            *("--api_base", server.base, "--api_model", MODEL, "--batch_dir", "real"),
+            *("--seed_tasks_path", shared_data / "seed_tasks.jsonl", "--num_instructions_to_generate", 500),
+        )
+    kept = lines(work.folder / "real" / TASKS)
+    statistics = json.loads((work.folder / "real" / "statistics.json").read_text())
+    assert len(kept) == statistics["kept"] >= 500
+    assert len({line["instruction"] for line in kept}) == len(kept)
+    assert statistics["tasks"] == statistics["kept"] + sum(statistics["rejected"].values())
+    assert len(server.answered) == len(set(server.answered))
+    assert f"{statistics['requests']:,}, with {statistics['completions']:,} completions" in out
+    trained = work.good(
+        *("sft.py", "--model_name_or_path", "babbler", "--data", f"real/{TASKS}", "--max_steps", 3),
+        *("--eval_samples", 0, "--output_dir", "real-tuned"),
+    )
+    assert f"real/{TASKS}: {len(kept)} examples" in trained
+
+
+# ---- what goes wrong
+
+
+def test_an_error_is_one_line(work):
+    (work.folder / "bad.jsonl").write_text(
+        '{"instruction": "Say it.", "instances": [{"input": "", "output": "it"}]}\n{"instruction": "Say it twice."}\n'
+    )
+    code, message = work.bad(SCRIPT, "--model_name_or_path", "babbler", "--seed_tasks_path", "bad.jsonl")
+    assert (code, message.split(": ")[0]) == (1, "bad.jsonl:2")
+    assert not (work.folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "--model_name_or_path is needed: a folder or a hub id, or --api_base with --api_model for a server"),
+        ("--model_name_or_path MODEL --max_length 250", "--max_length 250 leaves 6 of the model's 256 tokens for a re"),
+        ("--model_name_or_path MODEL --tokenizer_name ./none", "./none: no such folder"),
+        ("--model_name_or_path a --api_base http://x/v1 --api_model m", "--model_name_or_path and --api_base are two"),
+        ("--model_name_or_path a --num_prompt_synthetic_instructions 9", "--num_prompt_synthetic_instructions is more"),
+        ("--model_name_or_path a --trigger_input Output", "the trigger words Instruction, Output, Output must differ"),
+    ],
+)
+def test_what_is_refused(work, tmp_path, line, message):
+    words = [str(work.folder / "babbler") if word == "MODEL" else word for word in line.split()]
+    with pytest.raises((ValueError, OSError)) as error:
+        selfinstruct.main(parse(selfinstruct.SelfInstructConfig, [*words, "--batch_dir", str(tmp_path / "run")]))
+    assert str(error.value).startswith(message)
+
+
+def test_a_server_is_asked_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["--api_base", "http://127.0.0.1:1/v1", "--api_model", "m", "--batch_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="--api_base needs one process alone"):
+        selfinstruct.main(parse(selfinstruct.SelfInstructConfig, words))
+
+
+# ---- --curate: a command of its own
+
+
+def test_lint_needs_no_model(work, local):
+    tasks = work.folder / "local" / TASKS
+    (work.folder / "eval.json").write_text(json.dumps([json.loads(tasks.read_text().splitlines()[0])]))
+    settings = ("--data", f"local/{TASKS}", "--eval_data", "eval.json", "--output_dir", "c")
+    out = work.good(SCRIPT, "--curate", "lint", *settings)
+    assert re.search(r"evaluation +1\b", out)
+    dropped = [json.loads(line) for line in (work.folder / "c" / TASKS.replace(".", ".lint.dropped.")).open()]
+    assert "evaluation" in [line["reason"] for line in dropped]
+    kept = (work.folder / "c" / TASKS.replace(".", ".lint.")).read_text().splitlines()
+    assert len(kept) + len(dropped) == len(tasks.read_text().splitlines())
+
+
+@pytest.mark.parametrize("mode", ["unique", "consistent"])
+def test_what_means_the_same(work, local, mode):
+    """The model that is asked embeds the texts as well: any exported folder can."""
+    pytest.importorskip("sentence_transformers", reason="the extra curation is not installed")
+    before = contents(work, "local")
+    model = () if mode == "unique" else LOCAL
+    settings = ("--embedding_model", "babbler", "--batch_dir", "local", "--output_dir", f"by-{mode}")
+    work.good(SCRIPT, "--curate", mode, *model, *settings)
+    kept = (work.folder / f"by-{mode}" / TASKS.replace(".", f".{mode}.")).read_text().splitlines()
+    dropped = (work.folder / f"by-{mode}" / TASKS.replace(".", f".{mode}.dropped.")).read_text().splitlines()
+    tasks = before[TASKS].decode().splitlines()
+    assert len(kept) + len(dropped) == len(tasks)
+    assert set(kept) <= set(tasks)
+    assert contents(work, "local") == before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--data x.json", "--data and --output_dir go with --curate"),
+        ("--curate unique --eval_data x.json", "--eval_data goes with --curate lint"),
+        ("--curate lint --data none.json", "none.json: no such file"),
+        ("--curate consistent --data local.json", "--model_name_or_path is needed"),
+    ],
+)
+def test_what_curate_refuses(work, line, message):
+    (work.folder / "local.json").write_text('[{"instruction": "Say hi.", "output": "Hi."}]')
+    code, said = work.bad(SCRIPT, *line.split(), "--embedding_model", "babbler")
+    assert message in said, (code, said)
