@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint readme clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --seed $(SEED)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow
@@ -19,6 +19,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What README.md shows of the demonstration; LOG=FILE takes what `make demo` printed instead of running it again.
+readme: $(VENV)/.demo
+	$(BIN)/python docs/regenerate.py $(if $(LOG),--log $(LOG))
 
 $(VENV)/.demo: EXTRA := plot
 $(VENV)/.dev: EXTRA := dev

@@ -17,7 +17,8 @@ EXTRAS = {
     "curation": ["sentence-transformers>=3"],
 }
 TEST = [
-    *("pytest>=8", "transformers>=4.50", "jinja2>=3.1", "regex", "openai>=1.40", "httpx>=0.27", "schemathesis>=4"),
+    *("pytest>=8", "pytest-xdist>=3.6", "transformers>=4.50", "jinja2>=3.1", "regex", "openai>=1.40", "httpx>=0.27"),
+    "schemathesis>=4",
     *(
         requirement
         for extra in ("curation", "parquet", "plot", "serve", "tensorboard")

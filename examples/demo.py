@@ -1,8 +1,8 @@
 """From raw text to answers in a few minutes, on a CPU, without a network.
 
 A GPT-2 of 2.6 million parameters reads a corpus of facts that comes with the package, is tuned on questions about
-most of them, and is then asked about the others: facts that it has read, but never been asked about. Each stage is
-one of the scripts, run as you would run it; the commands are shown.
+most of them, and is then asked about the others: facts that it has read, but never been asked about. In the end it
+writes tasks of its own. Each stage is one of the scripts, run as you would run it; the commands are shown.
 
     python examples/demo.py --seed 1     # or: make demo
 """
@@ -10,13 +10,14 @@ one of the scripts, run as you would run it; the commands are shown.
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.assets import facts
+from minigpt.assets import demo_tasks, facts
 from minigpt.config import run
 
 ROOT = Path(__file__).parents[1]
@@ -38,24 +39,29 @@ def main(config: DemoConfig) -> None:
     folder = Path(config.output_dir)
     data, base, tuned = folder / "data", folder / "train", folder / "sft"
     facts.build(data, config.seed)
+    demo_tasks.build(data, config.seed)
 
     title("1. A corpus of facts, as raw text", f"{data}/corpus.txt begins:")
     for line in (data / "corpus.txt").read_text(encoding="utf-8").splitlines()[:4]:
         print(f"  {line}")
+    print(f"{data}/task_lists.jsonl holds lists of tasks about some of the facts, such as:")
+    first = json.loads((data / "task_lists.jsonl").read_text(encoding="utf-8").partition("\n")[0])
+    for line in first["text"].splitlines():
+        print(f"  {line}")
 
     title(
         "2. train.py: a model that has read the corpus",
-        "It can go on with a text. It does not know what a question is.",
+        "It can go on with a text, and it does just that when it is asked something.",
     )
-    corpus, seed = f"{data}/corpus.txt", f"--seed={config.seed}"
-    script("train.py", "--config", "configs/demo_train.yaml", "--data", corpus, "--output_dir", base, seed)
+    corpus, seed = (data / "task_lists.jsonl", data / "corpus.txt"), f"--seed={config.seed}"
+    script("train.py", "--config", "configs/demo_train.yaml", "--data", *corpus, "--output_dir", base, seed)
     before = predict(f"{base}/export", data / "heldout.json", folder / "before")
 
     title(
         "3. sft.py: the same model, taught to answer",
         "By questions about other facts than those that it will be asked.",
     )
-    instructions = ["--data", data / "instructions.json", "--replay_data", corpus, "--output_dir", tuned, seed]
+    instructions = ["--data", data / "instructions.json", "--replay_data", *corpus, "--output_dir", tuned, seed]
     script("sft.py", "--config", "configs/demo_sft.yaml", "--model_name_or_path", f"{base}/export", *instructions)
     after = predict(f"{tuned}/export", data / "heldout.json", folder / "after")
     control = predict(f"{tuned}/export", data / "control.json", folder / "control")
@@ -77,16 +83,31 @@ def main(config: DemoConfig) -> None:
     script("chat.py", "--model_name_or_path", f"{tuned}/export", "--prompt", "What is the capital of China?")
 
     title(
+        "6. selfinstruct.py: it writes tasks of its own",
+        "It is shown a task and goes on with the list; what can be read and is unlike all others is kept.",
+    )
+    batch_dir = folder / "selfinstruct"
+    shutil.rmtree(batch_dir, ignore_errors=True)  # a bootstrap that is there would go on
+    pools = ["--seed_tasks_path", data / "seed_tasks.jsonl", "--batch_dir", batch_dir, seed]
+    script(
+        *("selfinstruct.py", "--config", "configs/demo_selfinstruct.yaml"),
+        *("--model_name_or_path", f"{tuned}/export", *pools),
+    )
+    new_tasks = show_new_tasks(read_lines(batch_dir / "machine_generated_instructions.jsonl"), data)
+    print(f"  the report: {batch_dir}/report.html")
+
+    title(
         "What this model is",
         "A network of 2.6 million parameters that knows the few hundred facts of its corpus and has learnt to\n"
         "answer questions about them in one sentence. It knows nothing else, and when asked something else it\n"
-        "makes an answer up in the same confident form. The same three scripts train the real GPT-2.",
+        "makes an answer up in the same confident form. The same scripts train the real GPT-2.",
     )
     result = {
         "exact_match_before": before.exact_match,
         "exact_match_after": after.exact_match,
         "exact_match_control": control.exact_match,
         "stop_rate": after.stop_rate,
+        "new_tasks": new_tasks,
         "seconds": round(time.perf_counter() - started, 1),
     }
     print(json.dumps(result))
@@ -108,15 +129,35 @@ ANSWERING = ("--template", "alpaca", "--max_new_tokens", "32", "--per_device_eva
 def predict(model: str, questions: Path, folder: Path) -> Outcome:
     """Has a model answer a dataset."""
     script("sft.py", "--model_name_or_path", model, "--predict", questions, "--output_dir", folder, *ANSWERING)
-    answers = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = read_lines(folder / "predictions.jsonl")
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     return Outcome(answers, scores["exact_match"], scores["stop_rate"])
+
+
+def show_new_tasks(written: list[dict], data: Path) -> int:
+    """How many tasks stand in nothing that the model was trained on or shown; some of them, judged by the facts."""
+    told = demo_tasks.told(data)
+    new = [task for task in written if demo_tasks.words(task["instruction"]) not in told]
+    right = [task for task in new if demo_tasks.is_right(task["instruction"], task["output"])]
+    held_out = {row["output"] for row in json.loads((data / "heldout.json").read_text(encoding="utf-8"))}
+    unasked = [task for task in right if task["output"] in held_out]
+    print(f"\n  {len(new)} of the {len(written)} kept tasks stand in nothing that it was trained on or shown")
+    print(
+        f"  {len(right)} of these are rightly asked and answered, {len(unasked)} about a fact that nobody had asked for"
+    )
+    for task in new[:8]:
+        print(f"  {task['instruction']}\n    {shortened(task['output'])}  {'(right)' if task in right else '(wrong)'}")
+    return len(new)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def script(name: str, *arguments) -> None:
     """Runs one of the scripts, and shows the command."""
     words = [str(word) for word in arguments]
-    if name != "chat.py":
+    if name in ("train.py", "sft.py"):
         words.append("--overwrite_output_dir")
     print(f"$ python {shlex.join([name, *words])}", flush=True)
     done = subprocess.run([sys.executable, name, *words], check=False)

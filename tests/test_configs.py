@@ -24,10 +24,12 @@ def comments(path: Path) -> str:
 
 
 def config_class(path: Path):
+    import selfinstruct
     import sft
     import train
 
-    return train.PretrainConfig if path.stem.endswith("_train") else sft.SFTConfig
+    others = {"train": train.PretrainConfig, "selfinstruct": selfinstruct.SelfInstructConfig}
+    return others.get(path.stem.rpartition("_")[2], sft.SFTConfig)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def test_it_parses_and_what_it_names_is_there(path):
     if path.stem == "demo_sft":
         words += ["--model_name_or_path", "x"]
     config = parse(config_class(path), words)
-    for named in (config.deepspeed, getattr(config, "config_name", None)):
+    for named in (getattr(config, "deepspeed", None), getattr(config, "config_name", None)):
         assert named is None or Path(named).exists()
 
 

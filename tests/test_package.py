@@ -19,7 +19,7 @@ STANDS_ON = {  # besides the ground, and besides itself
     "ground": set(),
     "data": set(),
     "model": set(),
-    "assets": {"data"},
+    "assets": {"data", "selfinstruct"},
     "training": {"data", "model"},
     "inference": {"data", "model"},
     "selfinstruct": {"data", "inference"},

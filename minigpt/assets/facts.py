@@ -52,6 +52,11 @@ class Fact(NamedTuple):
     def statement(self) -> str:
         return self.kind.statement.format(key=self.key, value=self.value)
 
+    @property
+    def subject(self) -> str:
+        """What the statement is about: `the capital of China`."""
+        return _uncapitalized(self.statement.partition(" is ")[0])
+
 
 class Split(NamedTuple):
     """Facts that are tuned on, that are only stated, and that are left out altogether."""

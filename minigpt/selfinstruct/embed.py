@@ -4,6 +4,8 @@ The vectors come from the optional sentence-transformers; what is done with them
 """
 
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -45,16 +47,14 @@ class Embedder:
             raise ValueError(
                 f"{name_or_folder}: embeddings need sentence-transformers: pip install 'minigpt[curation]'"
             ) from None
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # it also runs where nobody sits at a terminal
         try:
-            self.model = SentenceTransformer(
-                str(name_or_folder),
-                device=pick_device(device),
-                local_files_only=Path(name_or_folder).is_dir() or not hub_is_reachable(),
-                model_kwargs={"use_safetensors": True},
-            )
+            with redirect_stderr(StringIO()):  # it draws bars, also where nobody sits at a terminal
+                self.model = SentenceTransformer(
+                    str(name_or_folder),
+                    device=pick_device(device),
+                    local_files_only=Path(name_or_folder).is_dir() or not hub_is_reachable(),
+                    model_kwargs={"use_safetensors": True},
+                )
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{name_or_folder}: sentence-transformers cannot read it ({error})") from error
         if self.model.tokenizer.pad_token is None:  # GPT-2's; what stands in the padding is not looked at

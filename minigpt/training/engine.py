@@ -125,7 +125,6 @@ class TorchEngine:
         self.optimizer.state.clear()
         if distributed.is_initialized():
             distributed.destroy_process_group()
-        self.forward = self.module  # lets go of DDP, whose hook holds this engine in a circle that Python cannot see
 
 
 def check_engine(config: TrainConfig, model_config: GPTConfig, device: str) -> None:
