@@ -1,7 +1,7 @@
 """Self-instruct: a model, or a server, writes instruction data from a few tasks that people wrote.
 
-    python selfinstruct.py --model_name_or_path openai-community/gpt2 --batch_dir runs/mine
-    python sft.py --model_name_or_path openai-community/gpt2 --data runs/mine/machine_generated_instructions.jsonl
+    python selfinstruct.py --model_name_or_path openai-community/gpt2 --batch_dir runs/tasks
+    python sft.py --model_name_or_path openai-community/gpt2 --data runs/tasks/machine_generated_instructions.jsonl
 
 Read on in minigpt/selfinstruct/bootstrap.py (the rounds), minigpt/selfinstruct/request.py (what is asked and read) and
 minigpt/selfinstruct/filters.py (what is dropped); minigpt/selfinstruct/curation.py for --curate.

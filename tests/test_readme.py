@@ -127,7 +127,8 @@ def test_every_command_parses(command):
     for words in map(shlex.split, re.split(r" && | [<>] \S+", command.words)):
         program = words.pop(0) if words else ""
         if program == "make":
-            assert subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, check=False).returncode == 0
+            targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+            assert words[0] in targets.split()
         elif program == "pip":
             assert command.needs == "the network"
             assert words[:4] == ["install", "-c", "constraints.txt", "-e"]
@@ -212,12 +213,14 @@ def test_the_plan_is_what_plan_prints():
 
 
 def test_the_benchmarks_are_those_of_the_log():
-    log = (ROOT / "benchmarks" / "LOG.md").read_text(encoding="utf-8")
-    chapter = README.partition("\n## Benchmarks\n")[2].partition("\n## ")[0]
-    figures = re.findall(r"(?<=\| )[\d,.-]+(?= \|)", chapter)
-    assert len(figures) >= 8
-    for figure in figures:
-        assert re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d]|[.,]\d)", log), figure
+    """The figures of a row stand in one chapter of it."""
+    log = re.split(r"^## ", (ROOT / "benchmarks" / "LOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    table = README.partition("\n## Benchmarks\n")[2].partition("\n## ")[0]
+    rows = [row for line in table.splitlines() if (row := re.findall(r"(?<=\| )[\d,.-]+(?= \|)", line))]
+    assert len(rows) >= 5
+    for row in rows:
+        patterns = [rf"(?<![\d.,]){re.escape(figure)}(?![\d]|[.,]\d)" for figure in row]
+        assert any(all(re.search(pattern, chapter) for pattern in patterns) for chapter in log), row
 
 
 LOG = """\

@@ -147,7 +147,7 @@ def _parquet_rows(path: Path, on_bytes: OnBytes | None) -> Iterator[tuple[int, A
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{path}: parquet needs pyarrow: pip install 'minigpt[parquet]'") from None
+        raise ValueError(f"{path}: parquet needs pyarrow: pip install -c constraints.txt -e '.[parquet]'") from None
     row, reported, size = 0, 0, path.stat().st_size
     try:
         with pyarrow.parquet.ParquetFile(path) as table:

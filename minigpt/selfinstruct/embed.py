@@ -45,7 +45,8 @@ class Embedder:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise ValueError(
-                f"{name_or_folder}: embeddings need sentence-transformers: pip install 'minigpt[curation]'"
+                f"{name_or_folder}: embeddings need sentence-transformers "
+                "(pip install -c constraints.txt -e '.[curation]')"
             ) from None
         try:
             with redirect_stderr(StringIO()):  # it draws bars, also where nobody sits at a terminal

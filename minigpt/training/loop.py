@@ -76,7 +76,9 @@ class TrainResult:
         if (folder / LOSS_PICTURE).exists():
             rows.append(("picture", str(folder / LOSS_PICTURE)))
         else:
-            rows.append(("picture", f"none: {LOSS_PICTURE} needs matplotlib (pip install 'minigpt[plot]')"))
+            rows.append(
+                ("picture", f"none: {LOSS_PICTURE} needs matplotlib (pip install -c constraints.txt -e '.[plot]')")
+            )
         rows.append(("chat", f"python chat.py --model_name_or_path {folder / EXPORT}"))
         return "\n".join(f"{name:16} {value}" for name, value in rows)
 

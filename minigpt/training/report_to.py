@@ -103,7 +103,8 @@ class Reports:
                     raise ValueError("needs an output_dir")
                 self._trackers[name] = _TRACKERS[name](config, folder, first_step)
             except ModuleNotFoundError as error:
-                say(f"--report_to {name}: {error.name} is not installed (pip install 'minigpt[{name}]'); left out")
+                fix = f"pip install -c constraints.txt -e '.[{name}]'"
+                say(f"--report_to {name}: {error.name} is not installed ({fix}); left out")
             except Exception as error:
                 say(f"--report_to {name}: {_in_one_line(error)}; left out")
 

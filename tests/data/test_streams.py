@@ -127,7 +127,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     path = write(tmp_path / "data.parquet", b"PAR1")
     with pytest.raises(ValueError) as error:
         list(read_values(path))
-    assert str(error.value) == f"{path}: parquet needs pyarrow: pip install 'minigpt[parquet]'"
+    assert str(error.value) == f"{path}: parquet needs pyarrow: pip install -c constraints.txt -e '.[parquet]'"
 
 
 GZIP = gzip.compress(bytes(random.Random(0).choices(b"abcdef \n", k=4000)))

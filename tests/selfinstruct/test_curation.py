@@ -629,7 +629,8 @@ def bert(tmp_path_factory, sentence_transformers):
 @pytest.fixture(scope="module")
 def sentence_transformers():
     return pytest.importorskip(
-        "sentence_transformers", reason="sentence-transformers is not installed: pip install 'minigpt[curation]'"
+        "sentence_transformers",
+        reason="sentence-transformers is not installed: pip install -c constraints.txt -e '.[curation]'",
     )
 
 
@@ -689,7 +690,7 @@ def test_unique_by_a_real_model(bert, sentence_transformers, tmp_path):
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ValueError, match=rf"^{tmp_path}: embeddings need sentence-transformers: pip install 'minig"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: embeddings need sentence-transformers \(pip"):
         Embedder(tmp_path)
 
 

@@ -110,7 +110,7 @@ def test_what_is_not_installed_is_said_once_and_left_out(name, tmp_path, monkeyp
     reports.log(1, line(1, 1.0))
     reports.flush()
     reports.close(failed=False)
-    said = f"--report_to {name}: {name} is not installed (pip install 'minigpt[{name}]'); left out\n"
+    said = f"--report_to {name}: {name} is not installed (pip install -c constraints.txt -e '.[{name}]'); left out\n"
     assert capsys.readouterr().out == said
 
 
