@@ -416,9 +416,11 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(start, folder):
     assert "1 turn saved" in terminal.say("/save stopped.json")
     said = json.loads((folder / "stopped.json").read_text())["messages"][1]["content"]
     assert 3 <= len(said.split()) < 4096
+    time.sleep(0.5)  # a Ctrl-C between readline's prompt and its wait for a key is noticed with the next key alone
     terminal.send("not sent\x03")
     terminal.until(r"\n\(Ctrl-C again, or Ctrl-D, leaves\)\n> ")
     terminal.say("/params max_new_tokens 3")  # a line in between: it is the first time again
+    time.sleep(0.5)
     terminal.send("\x03")
     terminal.until(r"\n\(Ctrl-C again, or Ctrl-D, leaves\)\n> ")
     terminal.send("\x03")
