@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.config import parse, save_yaml
-from minigpt.files import claim, read_json, remove, whole_file, writing_to
+from minigpt.files import claim, read_json, whole_file, writing_to
 from minigpt.selfinstruct.filters import NAMES
 from minigpt.selfinstruct.generators import Completion
 from minigpt.selfinstruct.tasks import Task
@@ -65,14 +65,15 @@ class BatchDir:
         """
         self.folder = folder
         self.statistics = Statistics()
-        for half_written in folder.glob(".*.*"):  # by `whole_file`, and killed
-            remove(half_written)
         seeds = "".join(_seed_line(task) for task in seed_tasks)
         if (folder / STATISTICS).exists():
             found = read_json(folder / STATISTICS)
             self.statistics = Statistics(**{name.name: found[name.name] for name in fields(Statistics)})
         else:
             _check_empty(folder)
+        for name in (STATISTICS, SEED_TASKS, CONFIG, "report.html"):  # half-written by `whole_file`, and killed
+            for half_written in folder.glob(f".{name}.{'[0-9a-f]' * 32}"):
+                half_written.unlink()
         begun = self.statistics.requests > 0 or (folder / ARRIVED).exists()
         if begun:
             _check_same(folder, config, seeds)
@@ -134,7 +135,7 @@ def as_json(completions: Sequence[Completion]) -> list[dict[str, Any]]:
 
 def _check_empty(folder: Path) -> None:
     """Refuses a folder whose files are another run's."""
-    for name in (CONFIG, TASKS, REQUESTS):
+    for name in (CONFIG, TASKS, REQUESTS, SEED_TASKS, "report.html"):
         path = folder / name
         if path.exists() and path.stat().st_size:
             raise FileExistsError(

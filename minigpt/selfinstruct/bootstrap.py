@@ -54,7 +54,10 @@ class BootstrapArguments:
         check_range(self, "at least 1", lambda x: x >= 1, "max_requests", "max_stall")
         check_range(self, "at least 0", lambda x: x >= 0, "num_prompt_synthetic_instructions")
         if self.num_prompt_synthetic_instructions > self.num_prompt_instructions:
-            raise ValueError("--num_prompt_synthetic_instructions is more than --num_prompt_instructions")
+            raise ValueError(
+                f"--num_prompt_synthetic_instructions {self.num_prompt_synthetic_instructions} is more than "
+                f"--num_prompt_instructions {self.num_prompt_instructions}, which they are part of: give fewer"
+            )
 
     @property
     def request_budget(self) -> int:
@@ -319,6 +322,8 @@ def why_ended(statistics: Statistics, arguments: BootstrapArguments) -> str:
     }[str(statistics.ended)]
     name, count = max(statistics.rejected.items(), key=lambda item: item[1])
     most = f"of {statistics.tasks:,} tasks read, the filter {name} dropped most, {count:,}"
+    if not count:
+        most = "no filter dropped any"
     if not statistics.tasks:
         most = f"no task could be read in {statistics.completions:,} completions"
     target = arguments.num_instructions_to_generate

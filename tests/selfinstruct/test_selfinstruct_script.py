@@ -285,7 +285,7 @@ def test_an_error_is_one_line(work):
         ("--model_name_or_path MODEL --max_length 250", "--max_length 250 leaves 6 of the model's 256 tokens for a re"),
         ("--model_name_or_path MODEL --tokenizer_name ./none", "./none: no such folder"),
         ("--model_name_or_path a --api_base http://x/v1 --api_model m", "--model_name_or_path and --api_base are two"),
-        ("--model_name_or_path a --num_prompt_synthetic_instructions 9", "--num_prompt_synthetic_instructions is more"),
+        ("--model_name_or_path a --num_prompt_synthetic_instructions 9", "--num_prompt_synthetic_instructions 9 is more"),
         ("--model_name_or_path a --trigger_input Output", "the trigger words Instruction, Output, Output must differ"),
     ],
 )
@@ -347,3 +347,18 @@ def test_what_curate_refuses(work, line, message):
     (work.folder / "local.json").write_text('[{"instruction": "Say hi.", "output": "Hi."}]')
     code, said = work.bad(SCRIPT, *line.split(), "--embedding_model", "babbler")
     assert message in said, (code, said)
+
+
+def test_what_is_not_its_own_stays(work):
+    """It took every hidden file with two dots for one of its own, half-written, and removed it."""
+    project = work.folder / "project"
+    (project / ".my.d").mkdir(parents=True)
+    (project / ".gitlab-ci.yml").write_text("precious")
+    work.good(SCRIPT, *LOCAL, "--num_instructions_to_generate", 1, "--batch_dir", "project")
+    assert (project / ".gitlab-ci.yml").read_text() == "precious"
+    assert (project / ".my.d").is_dir()
+
+    (work.folder / "mine").mkdir()
+    shutil.copy(work.folder / "seeds.jsonl", work.folder / "mine" / "seed_tasks.jsonl")
+    code, message = work.bad(SCRIPT, *LOCAL, "--batch_dir", "mine")
+    assert (code, "mine/seed_tasks.jsonl: is there" in message) == (1, True), message
