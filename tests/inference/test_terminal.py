@@ -83,6 +83,15 @@ class Pty:
         self.until(re.escape(line) + "\n")
         return self.until(r"(?m)^> ")
 
+    def ctrl_c(self) -> None:
+        """Ctrl-C at the prompt, once readline waits for a key: one that comes before is noticed with the next key."""
+        asleep = 0
+        while asleep < 10:
+            time.sleep(0.05)
+            state = Path(f"/proc/{self.pid}/stat").read_text().rsplit(") ")[-1][0]
+            asleep = asleep + 1 if state == "S" else 0
+        self.send("\x03")
+
     def ended(self) -> int:
         """The exit code, once it has ended."""
         with pytest.raises(AssertionError, match="it ended"):
@@ -416,14 +425,13 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(start, folder):
     assert "1 turn saved" in terminal.say("/save stopped.json")
     said = json.loads((folder / "stopped.json").read_text())["messages"][1]["content"]
     assert 3 <= len(said.split()) < 4096
-    time.sleep(0.5)  # a Ctrl-C between readline's prompt and its wait for a key is noticed with the next key alone
-    terminal.send("not sent\x03")
+    terminal.send("not sent")
+    terminal.ctrl_c()
     terminal.until(r"\n\(Ctrl-C again, or Ctrl-D, leaves\)\n> ")
     terminal.say("/params max_new_tokens 3")  # a line in between: it is the first time again
-    time.sleep(0.5)
-    terminal.send("\x03")
+    terminal.ctrl_c()
     terminal.until(r"\n\(Ctrl-C again, or Ctrl-D, leaves\)\n> ")
-    terminal.send("\x03")
+    terminal.ctrl_c()
     assert terminal.ended() == 0
 
 
