@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.inference.decoder import pad_right
+from minigpt.inference.decoder import pad_right, positions_of
 from minigpt.inference.next_token import Sampling, process
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt2 import GPT
@@ -85,7 +85,6 @@ class _Search:
         return any(stop in text for stop in self.sampling.stop)
 
 
-@torch.no_grad()  # as in decoder.py
 def search(
     model: GPT,
     prompts: Sequence[Sequence[int]],
@@ -96,7 +95,10 @@ def search(
     num_return_sequences: int,
     tokenizer: Tokenizer | None = None,
 ) -> list[list[int]]:
-    """The best beams of each prompt, `num_return_sequences` of them, best first; prompts advance side by side."""
+    """The best beams of each prompt, `num_return_sequences` of them, best first; prompts advance side by side.
+
+    To be called where no gradients are taken.
+    """
     device, context = model.wpe.weight.device, model.config.n_positions
     searches = [
         _Search(p, min(sampling.max_new_tokens, context - len(p)), sampling, num_beams, length_penalty, tokenizer)
@@ -133,7 +135,5 @@ def search(
             )
         going = stay
         idx = torch.tensor([[ids[-1]] for one in going for ids in one.beams], device=device)  # (B*num_beams,1)
-        positions = torch.tensor([[len(ids) - 1] for one in going for ids in one.beams], device=device)
-        if (positions == positions[0]).all():
-            positions = positions[0]  # (1,): rows of one length need no mask
+        positions = positions_of([len(ids) - 1 for one in going for ids in one.beams], device)
         logits = model(idx, positions=positions, cache=cache.rows(0, len(idx)), last_only=True)[:, 0]

@@ -75,16 +75,17 @@ class Decoder:
                 self._leave(place)
                 return
 
-    @torch.no_grad()  # inference_mode would leave ZeRO-3 weights that backward cannot use
     def step(self) -> list[tuple[int, int, str | None]]:
         """One token for every row: (key, token, reason). Reasons, OpenAI's words: None goes on; "stop" ends with
         end-of-text or a stop string, "length" with the room."""
-        logits = [self._next_logits()] if self._running else []  # of (B,V)
-        while self._waiting and len(self._running) < self.max_rows:
-            logits.append(self._read_prompts())
-        if not logits:
-            return []
-        tokens = next_tokens(torch.cat(logits), [row for _, row in self._running])
+        with without_gradients(self.model):
+            logits = [self._next_logits()] if self._running else []  # of (B,V)
+            while self._waiting and len(self._running) < self.max_rows:
+                logits.append(self._read_prompts())
+            if not logits:
+                return []
+            joined = logits[0] if len(logits) == 1 else torch.cat(logits)
+            tokens = next_tokens(joined, [row for _, row in self._running])
         found = [(key, token, row.append(token)) for (key, row), token in zip(self._running, tokens, strict=True)]
         for place in reversed(range(len(found))):  # from behind: what moves forward has been looked at
             if found[place][2] is not None:
@@ -95,9 +96,7 @@ class Decoder:
         """Feeds each row's last token: (B,V)."""
         rows = [row for _, row in self._running]
         idx = torch.tensor([[row.ids[-1]] for row in rows], device=self.device)  # (B,1)
-        positions = torch.tensor([[len(row.ids) - 1] for row in rows], device=self.device)  # (B,1)
-        if (positions == positions[0]).all():
-            positions = positions[0]  # (1,): rows of one length need no mask
+        positions = positions_of([len(row.ids) - 1 for row in rows], self.device)
         return self.model(idx, positions=positions, cache=self.cache.rows(0, len(rows)), last_only=True)[:, 0]
 
     def _read_prompts(self) -> Tensor:
@@ -121,6 +120,18 @@ class Decoder:
         if place < len(self._running):
             self.cache.copy_rows([len(self._running)], [place], 0, len(last[1].ids))
             self._running[place] = last
+
+
+def without_gradients(model: GPT) -> torch.no_grad | torch.inference_mode:
+    """The context to answer in: inference_mode, the faster one, where the weights never learn. Where they do, it would
+    leave weights under ZeRO-3 that backward cannot use."""
+    return torch.no_grad() if model.wpe.weight.requires_grad else torch.inference_mode()
+
+
+def positions_of(places: Sequence[int], device: torch.device) -> Tensor:
+    """Each row's one position, (B,1); or (1,) where they are alike: rows of one length need no mask."""
+    alike = all(place == places[0] for place in places)
+    return torch.tensor(places[:1] if alike else [[place] for place in places], device=device)
 
 
 def check_prompt(prompt: Sequence[int], max_length: int, name: str) -> None:

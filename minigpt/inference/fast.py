@@ -9,9 +9,9 @@ arXiv:2208.07339, without its outliers).
 GPUs keep the plain path, and training never sees any of this.
 """
 
-import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.model.gpt2 import GPT
+from minigpt.model.cache import KVCache
+from minigpt.model.gpt2 import GPT, Block, attend
+from minigpt.model.hub import SkipInit
 
 ENGLISH = Path(__file__).parents[1] / "assets" / "english.txt"
 QUANTIZATIONS = ("int8",)
@@ -51,23 +53,17 @@ def for_generation(model: GPT, quantize: str | None = None) -> GPT:
     if quantize is None and not _can_pack(weight):
         return model
     dtype = torch.bfloat16 if quantize else weight.dtype
-    linears = {module for module in model.modules() if isinstance(module, nn.Linear)}
-    replaced = {id(weight), *(id(linear.weight) for linear in linears)}
-    kept = {  # deepcopy takes these for the parameters' copies: the structure is new, the memory the same
-        id(p): p if id(p) in replaced else nn.Parameter(p.detach().to(dtype), requires_grad=False)
-        for p in model.parameters()
-    }
-    fast = copy.deepcopy(model, kept).eval()
-    for parent in list(fast.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                bias = child.bias.detach().to(dtype)
-                setattr(parent, name, Int8Linear(child.weight, bias) if quantize else PackedLinear(child.weight, bias))
-    if quantize:
-        fast.lm_head = Int8Linear(weight, None)
+    linear = Int8Linear if quantize else PackedLinear
+    with torch.device("meta"), SkipInit():
+        fast = GPT(model.config).eval()
+    for name, parameter in fast.named_parameters():
+        if not name.startswith("h."):
+            own = nn.Parameter(model.get_parameter(name).detach().to(dtype), requires_grad=False)
+            setattr(fast.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], own)
+    fast.h = nn.ModuleList(FastBlock(block, linear, dtype) for block in model.h)  # type: ignore[arg-type]
+    fast.lm_head = linear(weight, None)
+    if isinstance(fast.lm_head, Int8Linear):
         fast.wte = Int8Embedding(fast.lm_head)  # type: ignore[assignment]  # looks up as an Embedding does
-    else:
-        fast.lm_head = PackedLinear(weight, None)
     fast.register_state_dict_pre_hook(_refuse_state_dict)
     return fast
 
@@ -109,23 +105,52 @@ def _refuse_state_dict(*_: Any) -> None:
     raise ValueError("these weights are packed for generation; save the model that they came from")
 
 
-class PackedLinear(nn.Module):
-    """`F.linear` with the weight in oneDNN's own layout."""
+class FastBlock(nn.Module):
+    """A `Block` in fewer calls: a product also takes the GELU, or adds the residual stream, before it writes.
+
+    One token is so little work that calls count, those of Python too: so what it calls are no modules.
+    """
+
+    def __init__(self, block: Block, linear: type["PackedLinear | Int8Linear"], dtype: torch.dtype):
+        super().__init__()
+        self.attend = partial(attend, n_head=block.attn.n_head, layer=block.attn.layer)
+        self.ln_1, self.ln_2 = _layer_norm(block.ln_1, dtype), _layer_norm(block.ln_2, dtype)
+        self.c_attn, self.c_proj, self.c_fc, self.mlp_c_proj = (
+            linear(own.weight, own.bias.detach().to(dtype))
+            for own in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        )
+
+    def forward(self, x: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        y = self.attend(self.c_attn(self.ln_1(x)), cache=cache, mask=mask)
+        x = self.c_proj(y, residual=x)
+        y = self.c_fc(self.ln_2(x), gelu=True)
+        return self.mlp_c_proj(y, residual=x)
+
+
+def _layer_norm(module: nn.LayerNorm, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    weight, bias = module.weight.detach().to(dtype), module.bias.detach().to(dtype)
+    return partial(F.layer_norm, normalized_shape=module.normalized_shape, weight=weight, bias=bias, eps=module.eps)
+
+
+class PackedLinear:
+    """`F.linear` with the weight in oneDNN's own layout; then the tanh GELU, or a sum with the residual."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        product = torch.ops.mkldnn._linear_pointwise
+        if residual is not None:
+            return product.binary(x, residual, self.weight, self.bias, "add")
+        return product(x, self.weight, self.bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
 
 
-class Int8Linear(nn.Module):
-    """`F.linear` with an 8-bit weight: row n of the (N,K) matrix is `scale[n] * weight[n]`, rounded to the nearest."""
+class Int8Linear:
+    """`F.linear` with an 8-bit weight: row n of the (N,K) matrix is `scale[n] * weight[n]`, rounded to the nearest;
+    then the tanh GELU, or a sum with the residual."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
         weight = weight.detach()
         lowest, highest = weight.aminmax(dim=1)  # (N,)
         largest = torch.maximum(-lowest, highest).float().clamp(min=torch.finfo(torch.float32).tiny)
@@ -134,14 +159,16 @@ class Int8Linear(nn.Module):
         self.weight = scaled.round_().clamp_(-127, 127).to(torch.int8)  # (N,K)
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # (B,T,K) -> (B*T,K)
         if x.device.type == "cpu" and len(rows) <= FEW_ROWS and rows.shape[1] % WHOLE_STEPS == 0:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             parts = self.weight.split(PART)  # whole, the head unpacked would not stay in any processor's cache
             y = torch.cat([F.linear(rows, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)  # (B*T,N) -> (B,T,N)
+        y = (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)  # (B*T,N) -> (B,T,N)
+        y = F.gelu(y, approximate="tanh") if gelu else y
+        return y if residual is None else residual + y
 
 
 class Int8Embedding(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.beams import search
-from minigpt.inference.decoder import Decoder, check_prompt, check_sampling
+from minigpt.inference.decoder import Decoder, check_prompt, check_sampling, without_gradients
 from minigpt.inference.next_token import Sampling, sequence_seed
 from minigpt.model.gpt2 import GPT
 
@@ -79,19 +79,20 @@ def generate(
         return [[] for _ in rows]
     if num_beams > 1:
         together = max(1, batch_size // num_beams)  # prompts
-        return [
-            ids
-            for start in range(0, len(prompts), together)
-            for ids in search(
-                model,
-                prompts[start : start + together],
-                sampling,
-                num_beams=num_beams,
-                length_penalty=length_penalty,
-                num_return_sequences=num_return_sequences,
-                tokenizer=tokenizer,
-            )
-        ]
+        with without_gradients(model):
+            return [
+                ids
+                for start in range(0, len(prompts), together)
+                for ids in search(
+                    model,
+                    prompts[start : start + together],
+                    sampling,
+                    num_beams=num_beams,
+                    length_penalty=length_penalty,
+                    num_return_sequences=num_return_sequences,
+                    tokenizer=tokenizer,
+                )
+            ]
     new: list[list[int]] = [[] for _ in rows]
     longest = max(map(len, prompts)) + max_new_tokens
     decoder = Decoder(model, max_rows=min(batch_size, len(rows)), max_length=longest, tokenizer=tokenizer)

@@ -36,6 +36,7 @@ class KVCache:
         self.buffer = _zeros(shape, device, dtype)  # zeros: a masked slot must not hold a NaN
         self.max_length = max_length
         self.length = 0  # slots in use: one more than the highest position of the last call
+        self.positions = torch.empty(0, dtype=torch.long)  # of the call under way
 
     @classmethod
     def for_model(cls, model: Any, batch_size: int, max_length: int) -> "KVCache":
@@ -47,25 +48,28 @@ class KVCache:
 
     def extend(self, positions: Tensor) -> None:
         """Makes room for (B,T) or (T,) positions, in each row one after the other, once for all layers."""
-        self.length = int(positions.max()) + 1
+        self.positions, self.length = positions, int(positions.max()) + 1
         if self.length > self.max_length:
             raise ValueError(f"position {self.length - 1} does not fit into a cache of {self.max_length}")
+        used = self.buffer[:, :, :, :, : self.length]
+        self._layers = used.unbind()  # n_layer x (2,B,nh,length,hs): made once, for a call has many layers
+        self._ends = used[:, :, :, :, self.length - positions.shape[-1] :].unbind()  # n_layer x (2,B,nh,T,hs)
 
-    def update(self, layer: int, kv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (2,B,nh,T,hs) keys and values; returns all of the layer's, 2 x (B,nh,length,hs)."""
-        kept, kv = self.buffer[layer], kv.detach()  # (2,B,nh,slots,hs); what was read is not learnt from
-        if positions.dim() == 1:  # the same positions in every row
-            kept[:, :, :, self.length - len(positions) : self.length] = kv
+        kv = kv.detach()  # what was read is not learnt from
+        if self.positions.dim() == 1:  # the same positions in every row
+            self._ends[layer].copy_(kv)
         else:
             rows = torch.arange(kv.shape[1], device=kv.device)[:, None]  # (B,1), beside positions (B,T)
-            kept.transpose(2, 3)[:, rows, positions] = kv.transpose(2, 3)  # both (2,B,T,nh,hs)
-        keys, values = kept[:, :, :, : self.length].unbind()
+            self._layers[layer].transpose(2, 3)[:, rows, self.positions] = kv.transpose(2, 3)  # both (2,B,T,nh,hs)
+        keys, values = self._layers[layer].unbind()
         return keys, values
 
-    def mask(self, positions: Tensor) -> Tensor:
+    def mask(self) -> Tensor:
         """What each query may see, (B,1,T,length) or (1,1,T,length): the slots up to its own position."""
-        slots = torch.arange(self.length, device=positions.device)
-        return slots <= positions.view(-1, 1, positions.shape[-1], 1)
+        slots = torch.arange(self.length, device=self.positions.device)
+        return slots <= self.positions.view(-1, 1, self.positions.shape[-1], 1)
 
     def rows(self, start: int, stop: int) -> "KVCache":
         """A cache of these rows alone, in the same memory, for a call on them."""

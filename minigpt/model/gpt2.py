@@ -8,6 +8,7 @@ Shapes: B rows, T positions, C = n_embd, nh heads of hs = C / nh, V = vocab_size
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,24 @@ class GPTConfig:
         return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_ctx": self.n_positions, **asdict(self)}
 
 
+def attend(
+    qkv: Tensor, n_head: int, layer: int, cache: KVCache | None, mask: Tensor | None, dropout: float = 0.0
+) -> Tensor:
+    """Every head's causal attention: queries, keys and values (B,T,3*C) -> (B,T,C), the heads side by side.
+
+    With a cache, the keys and values are those that it holds of the layer, these among them; `mask` is the cache's.
+    """
+    B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
+    heads = qkv if cache is None else qkv.to(cache.buffer.dtype)
+    heads = heads.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (B,T,3*C) -> (3,B,nh,T,hs)
+    if cache is None:
+        q, k, v = heads
+    else:
+        q, (k, v) = heads[0], cache.update(layer, heads[1:])  # (B,nh,T,hs), 2 x (B,nh,S,hs)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
+    return y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)  # (B,nh,T,hs) -> (B,T,C)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -124,20 +143,9 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (B,T,3,nh,hs) -> (3,B,nh,T,hs)
-        if cache is None:
-            q, k, v = qkv
-        else:
-            qkv = qkv.to(cache.buffer.dtype)
-            q, (k, v) = qkv[0], cache.update(self.layer, qkv[1:], positions)  # (B,nh,T,hs), 2 x (B,nh,S,hs)
+    def forward(self, x: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
         dropout = self.attn_pdrop if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B,nh,T,hs) -> (B,T,C)
-        if cache is not None:  # which may be narrower; in training autocast decides
-            y = y.to(x.dtype)
+        y = attend(self.c_attn(x), self.n_head, self.layer, cache, mask, dropout)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -164,8 +172,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), positions, cache, mask)
+    def forward(self, x: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -181,7 +189,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.lm_head: nn.Module | None = None  # tied to wte, unless `inference.fast` packed it
+        self.lm_head: Callable[[Tensor], Tensor] | None = None  # tied to wte, unless `inference.fast` packed it
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -233,14 +241,14 @@ class GPT(nn.Module):
         if cache is not None:
             prefill = cache.length == 0 and positions.dim() == 1  # from nothing: plain causal attention will do
             cache.extend(positions)
-            mask = None if prefill or (T == 1 and positions.dim() == 1) else cache.mask(positions)
+            mask = None if prefill or (T == 1 and positions.dim() == 1) else cache.mask()
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B,T) -> (B,T,C)
         recompute = self.gradient_checkpointing and self.training and cache is None
         for block in self.h:
             if recompute:  # with early stop, the default: without it ZeRO-3 releases weights that backward is reading
-                x = checkpoint(block, x, positions, cache, mask, use_reentrant=False)
+                x = checkpoint(block, x, cache, mask, use_reentrant=False)
             else:
-                x = block(x, positions, cache, mask)
+                x = block(x, cache, mask)
         x = self.ln_f(x)
         if targets is not None:
             return linear_cross_entropy(x, self.wte.weight, targets)
