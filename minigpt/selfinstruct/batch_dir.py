@@ -7,8 +7,9 @@ config.yaml, seed_tasks.jsonl          the settings and the seed pool that the r
 arrived.jsonl                          completions of a server, of a round that is under way
 .lock                                  held by the operating system while the run lives
 
-The first two are only appended to. Whatever stands in them past the numbers in statistics.json is of a round that was
-killed while it was written; the next start cuts it off.
+The first two are only appended to. What stands in them past the numbers in statistics.json is of a round that was
+killed while it was written, and the next start cuts it off. What cannot be of such a round, somebody else wrote: the
+run does not go on until it lies elsewhere.
 """
 
 import json
@@ -20,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.config import parse, save_yaml
-from minigpt.files import claim, read_json, whole_file, writing_to
+from minigpt.files import claim, whole_file, writing_to
 from minigpt.selfinstruct.filters import NAMES
 from minigpt.selfinstruct.generators import Completion
 from minigpt.selfinstruct.tasks import Task
 
 TASKS, REQUESTS, STATISTICS = "machine_generated_instructions.jsonl", "requests.jsonl", "statistics.json"
 CONFIG, SEED_TASKS, ARRIVED = "config.yaml", "seed_tasks.jsonl", "arrived.jsonl"
+OR_ELSE = "or give another --batch_dir"
 # What may change while a run goes on: how far, where, and with how much patience; of the seed tasks the content counts.
 FREE = {
     *("batch_dir", "num_instructions_to_generate", "max_requests", "max_stall", "seed_tasks_path", "device"),
@@ -48,6 +50,26 @@ class Statistics:
     ended: str | None = None
     """What ended the run: target, max_requests or max_stall."""
 
+    @classmethod
+    def read(cls, path: Path) -> "Statistics":
+        """Those in a statistics.json; a ValueError where it holds something else."""
+        try:
+            found = json.loads(path.read_bytes())
+            statistics = cls(**{own.name: found[own.name] for own in fields(cls)})
+            counts = [statistics.requests, statistics.completions, statistics.tasks, statistics.kept]
+            sound = (
+                all(type(count) is int and count >= 0 for count in (*counts, *statistics.rejected.values()))
+                and list(statistics.rejected) == list(NAMES)
+                and statistics.ended in (None, "target", "max_requests", "max_stall")
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise ValueError(
+                f"{path}: damaged, for it does not hold the counts of a run (put back what was there, {OR_ELSE})"
+            )
+        return statistics
+
     @property
     def acceptance_rate(self) -> float:
         return self.kept / self.tasks if self.tasks else 0.0
@@ -60,15 +82,15 @@ class BatchDir:
         """Begins a run, or goes on with the one that is there.
 
         Raises:
-            ValueError: it was begun with other settings or seed tasks, or its files are damaged.
+            ValueError: it was begun with other settings or seed tasks, or its files are damaged or were added to.
+            FileNotFoundError: one of its files is gone.
             FileExistsError: the folder holds something else.
         """
         self.folder = folder
         self.statistics = Statistics()
         seeds = "".join(_seed_line(task) for task in seed_tasks)
         if (folder / STATISTICS).exists():
-            found = read_json(folder / STATISTICS)
-            self.statistics = Statistics(**{name.name: found[name.name] for name in fields(Statistics)})
+            self.statistics = Statistics.read(folder / STATISTICS)
         else:
             _check_empty(folder)
         for name in (STATISTICS, SEED_TASKS, CONFIG, "report.html"):  # half-written by `whole_file`, and killed
@@ -76,27 +98,28 @@ class BatchDir:
                 half_written.unlink()
         begun = self.statistics.requests > 0 or (folder / ARRIVED).exists()
         if begun:
+            _check_there(folder)
             _check_same(folder, config, seeds)
         else:
             self.commit([], [])  # first of all: a folder with this file is ours
             with whole_file(folder / SEED_TASKS) as path:
                 path.write_text(seeds, encoding="utf-8")
-        save_yaml(config, folder / CONFIG)
-        for _ in _committed(folder / REQUESTS, self.statistics.requests):
-            pass
-        self.kept = _read_lines(folder / TASKS, _committed(folder / TASKS, self.statistics.kept))
+        done = self.statistics
+        self.kept = _read_tasks(folder / TASKS, _committed(folder / TASKS, done.kept, done.requests))
         """The lines of machine_generated_instructions.jsonl."""
+        for _ in _committed(folder / REQUESTS, done.requests, done.requests):
+            pass
         self.arrived = self._read_arrived()
         """Completions of the round under way, by the seed that they were asked with."""
+        save_yaml(config, folder / CONFIG)
 
     def commit(self, tasks: Sequence[dict[str, Any]], requests: Sequence[dict[str, Any]]) -> None:
         """Appends lines to both files, and makes them count by writing `self.statistics`."""
         _append(self.folder / TASKS, tasks)
         _append(self.folder / REQUESTS, requests)
         values = {**asdict(self.statistics), "acceptance_rate": self.statistics.acceptance_rate}
-        order = ("requests", "completions", "tasks", "kept", "acceptance_rate", "rejected", "ended")
         with whole_file(self.folder / STATISTICS) as path, path.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({name: values[name] for name in order}, indent=2) + "\n")
+            file.write(json.dumps(values, indent=2) + "\n")
             _to_disk(file)
 
     def keep(self, seed: int, completions: list[Completion]) -> None:
@@ -115,8 +138,16 @@ class BatchDir:
             return {}
         whole = path.read_bytes().rpartition(b"\n")[0]
         os.truncate(path, len(whole) + 1 if whole else 0)
-        lines = _read_lines(path, whole.splitlines())
-        return {line["seed"]: [Completion(**values) for values in line["completions"]] for line in lines}
+        arrived = {}
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                found = json.loads(line)
+                arrived[found["seed"]] = [Completion(**values) for values in found["completions"]]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{path}:{number}: damaged (delete the file, and its requests are asked anew)"
+                ) from None
+        return arrived
 
 
 @contextmanager
@@ -139,7 +170,16 @@ def _check_empty(folder: Path) -> None:
         path = folder / name
         if path.exists() and path.stat().st_size:
             raise FileExistsError(
-                f"{path}: is there, but no {STATISTICS}, so it is another run's; give another --batch_dir"
+                f"{path}: is there, but no {STATISTICS}, so it is no run of ours, or not all of one "
+                f"(put that file back, {OR_ELSE})"
+            )
+
+
+def _check_there(folder: Path) -> None:
+    for name in (TASKS, REQUESTS, CONFIG, SEED_TASKS):
+        if not (folder / name).exists():
+            raise FileNotFoundError(
+                f"{folder / name}: is gone, and a run that was begun needs it (put it back, {OR_ELSE})"
             )
 
 
@@ -177,25 +217,52 @@ def _to_disk(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _committed(path: Path, count: int) -> Iterator[bytes]:
-    """The first lines of a file, which is cut after them."""
+def _committed(path: Path, count: int, requests: int) -> Iterator[bytes]:
+    """The first lines of a file, which is cut after them: the rest is of a round that was killed.
+
+    Raises ValueError where lines are missing, or the rest cannot be of such a round.
+    """
     with path.open("r+b") as file:
         for number in range(count):
             line = file.readline()
             if not line.endswith(b"\n"):
                 raise ValueError(
                     f"{path}: holds {number} whole lines, but {STATISTICS} speaks of {count} "
-                    "(put the others back, or give another --batch_dir)"
+                    f"(put the others back, {OR_ELSE})"
                 )
             yield line
-        file.truncate(file.tell())
+        end = file.tell()
+        for number, line in enumerate(file, count + 1):
+            if not _is_uncommitted(line, requests):
+                raise ValueError(
+                    f"{path}:{number}: a line too many, for {STATISTICS} speaks of {count}, and it is of no round that "
+                    "was cut short (move what was added into another file; sft.py --data takes several)"
+                )
+        file.truncate(end)
 
 
-def _read_lines(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
+def _is_uncommitted(line: bytes, requests: int) -> bool:
+    """Whether a line, or its half where a kill cut it, is of a request that will be made once more."""
+    try:
+        return bool(json.loads(line)["request_idx"] >= requests)
+    except (KeyError, TypeError):
+        return False
+    except ValueError:
+        return not line.strip() or (line.startswith(b"{") and not line.endswith(b"\n"))
+
+
+def _read_tasks(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            raise ValueError(f"{path}:{number}: not JSON: the file was damaged (give another --batch_dir)") from None
+            task = json.loads(line)
+            ours = all(isinstance(task[name], str) for name in ("instruction", "input", "output"))
+            ours = ours and isinstance(task["request_idx"], int)
+        except (ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise ValueError(
+                f"{path}:{number}: no task that this run wrote (put back what was there; your own go elsewhere)"
+            )
+        found.append(task)
     return found

@@ -12,19 +12,16 @@ request that meets them, and with larger ones it goes on from there.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from minigpt.arguments import check_range
 from minigpt.distributed import progress_bar, say
 from minigpt.selfinstruct.batch_dir import BatchDir, Statistics, as_json
 from minigpt.selfinstruct.filters import BANNED_WORDS, Filters
-from minigpt.selfinstruct.generators import Completion, Generator, GeneratorArguments, How, fit_shots
+from minigpt.selfinstruct.generators import Completion, Generator, GeneratorArguments, How, Prompt, fit_shots
 from minigpt.selfinstruct.labels import LabelsFirst
 from minigpt.selfinstruct.request import TaskFormat
 from minigpt.selfinstruct.tasks import Task
-
-if TYPE_CHECKING:  # it brings numpy, and --help need not wait for it
-    from minigpt.selfinstruct.novelty import NoveltyFilter
 
 BATCHES = 4  # of requests in a round
 LIST = 20  # tasks in a request and its completion together, as in Stanford Alpaca
@@ -91,71 +88,73 @@ class TaskArguments:
 
     def __post_init__(self) -> None:
         check_range(self, "above 0 and at most 1", lambda x: 0 < x <= 1, "threshold")
+        self.task_format()  # it refuses trigger words that nobody could read back
         if self.label_first and self.format != "iio":
             raise ValueError("--label_first gives a task another input, and --format io has none")
+
+    def task_format(self) -> TaskFormat:
+        return TaskFormat(self.format, self.trigger_instruction, self.trigger_input, self.trigger_output)
+
+
+@dataclass
+class RunArguments(BootstrapArguments, TaskArguments, GeneratorArguments):
+    """All that a run reads, but where the model is."""
+
+    def __post_init__(self) -> None:
+        for part in (BootstrapArguments, TaskArguments, GeneratorArguments):
+            part.__post_init__(self)
 
 
 class Request(NamedTuple):
     """One prompt of a round."""
 
     idx: int
-    seed: int
     shots: list[Task]
-    prompt: str
-
-
-def list_of_tasks(settings: GeneratorArguments, arguments: BootstrapArguments, task_format: TaskFormat) -> How:
-    """How a model continues a request: until its list is long enough, or the room ends."""
-    length = max(LIST, 2 * arguments.num_prompt_instructions)
-    return How(settings, (*task_format.stop_strings(length + 1), *settings.stop_words))
+    prompt: Prompt
 
 
 class Bootstrap:
     """A run, from what its files hold to its end."""
 
-    def __init__(
-        self,
-        files: BatchDir,
-        arguments: BootstrapArguments,
-        seed_tasks: Sequence[Task],
-        task_format: TaskFormat,
-        filters: Filters,
-        novelty: "NoveltyFilter",
-        generator: Generator,
-        how: How,
-        label_first: bool = False,
-    ):
-        """
-        Args:
-            novelty: an empty filter, which gets both pools.
-            how: the way of `list_of_tasks`.
+    def __init__(self, files: BatchDir, arguments: RunArguments, seed_tasks: Sequence[Task], generator: Generator):
+        """Raises ValueError where no seed task fits into the context, or --label_first lacks its kinds of them."""
+        from minigpt.selfinstruct.novelty import NoveltyFilter, rouge_words, unicode_words
 
-        Raises:
-            ValueError: no seed task fits into the context.
-        """
         self.files, self.arguments, self.statistics = files, arguments, files.statistics
-        self.format, self.filters, self.novelty = task_format, filters, novelty
-        self.generator, self.how = generator, how
+        self.generator, self.format = generator, arguments.task_format()
+        self.filters = Filters(arguments.banned_words, arguments.keep_programming, arguments.language)
+        self.novelty = NoveltyFilter(arguments.threshold, rouge_words if self.filters.is_english else unicode_words)
+        # A completion ends when its list is long enough, or the room ends.
+        length = max(LIST, 2 * arguments.num_prompt_instructions)
+        stop = (*self.format.stop_strings(length + 1), *arguments.stop_words)
+        self.how = How(arguments, stop)
+
+        max_length, context = arguments.max_length, generator.context
+        if max_length >= context:
+            raise ValueError(
+                f"--max_length {max_length} leaves no room for a request: the model's context is {context} tokens, "
+                "for a request and its completion together (give a smaller --max_length)"
+            )
         self.shown = [task for task in seed_tasks if self._fit([task])]
         self.machine: list[tuple[int, Task]] = []
         """Tasks that were kept and can be shown, with the number of their request."""
         if not self.shown:
             raise ValueError(
-                f"--max_length {how.settings.max_length} leaves {generator.context - how.settings.max_length} of the "
-                f"model's {generator.context} tokens for a request, and not one of {len(seed_tasks)} seed tasks fits "
-                "(give a smaller --max_length, or shorter tasks)"
+                f"--max_length {max_length} leaves {context - max_length} of the model's {context} tokens for a "
+                f"request, and not one of {len(seed_tasks)} seed tasks fits (give a smaller --max_length, or shorter "
+                "tasks)"
             )
         if left_out := len(seed_tasks) - len(self.shown):
             say(f"{left_out:,} of {len(seed_tasks):,} seed tasks are too long to be shown")
         self.labels = None
-        if label_first:
+        if arguments.label_first:
             self.labels = LabelsFirst(
-                self.shown, task_format, arguments.num_prompt_instructions, generator, how, self._complete
+                self.shown, self.format, arguments.num_prompt_instructions, generator, self.how, self._complete
             )
         for task in seed_tasks:
-            novelty.add(task.instruction)
+            self.novelty.add(task.instruction)
         for line in files.kept:
-            novelty.add(line["instruction"])
+            self.novelty.add(line["instruction"])
         self._show_from_now_on(files.kept)
         self.last_kept: int = files.kept[-1]["request_idx"] if files.kept else -1
 
@@ -179,16 +178,14 @@ class Bootstrap:
     # ---- one round
 
     def _round(self) -> None:
-        size = BATCHES * self.how.settings.request_batch_size
+        size = BATCHES * self.arguments.request_batch_size
         first = self.statistics.requests // size * size
         pool = [task for idx, task in self.machine if idx < first]
         requests = [
             self._draw(idx, pool)
             for idx in range(self.statistics.requests, min(first + size, self.arguments.request_budget))
         ]
-        answers = self._complete(
-            [request.prompt for request in requests], [request.seed for request in requests], self.how
-        )
+        answers = self._complete([request.prompt for request in requests], self.how)
 
         kept: list[dict[str, Any]] = []
         lines: list[dict[str, Any]] = []
@@ -202,9 +199,9 @@ class Bootstrap:
             lines.append(
                 {
                     "request_idx": request.idx,
-                    "seed": request.seed,
+                    "seed": request.prompt.seed,
                     "shots": [task.instruction for task in request.shots],
-                    "prompt": request.prompt,
+                    "prompt": request.prompt.text,
                     "completions": as_json(completions),
                     "tasks": judged,
                 }
@@ -224,7 +221,7 @@ class Bootstrap:
 
     def _draw(self, idx: int, pool: Sequence[Task]) -> Request:
         """The request of this number."""
-        random = Random(f"{self.how.settings.seed}/{idx}")
+        random = Random(f"{self.arguments.seed}/{idx}")
         synthetic = min(self.arguments.num_prompt_synthetic_instructions, len(pool))
         others = min(self.arguments.num_prompt_instructions - synthetic, len(self.shown))
         shots = random.sample(pool, synthetic) + random.sample(self.shown, others)
@@ -232,15 +229,16 @@ class Bootstrap:
         seed = random.getrandbits(63)
         fitting = self._fit(shots)
         assert fitting is not None  # each alone does
-        return Request(idx, seed, *fitting)
+        shots, text = fitting
+        return Request(idx, shots, Prompt(text, seed))
 
     def _judge(self, task: Task, request_idx: int, kept: list[dict[str, Any]]) -> dict[str, Any]:
         """A task with its verdict. One that stays is added to `kept`, and to what others are compared with."""
-        verdict, score = self.filters.reject(task), None
+        verdict, score, nearest = self.filters.reject(task), None, None
         if verdict is None:
             found = self.novelty.check(task.instruction)
-            score = found.score
-            verdict = "kept" if found.accepted else "novelty"
+            verdict, score = "kept" if found.accepted else "novelty", found.score
+            nearest = next(iter(found.neighbours), None)
         if verdict == "kept":
             kept.append(
                 {
@@ -263,22 +261,20 @@ class Bootstrap:
             "output": task.output,
             "verdict": verdict,
             "score": score,
+            "nearest": nearest,
         }
 
-    def _complete(self, prompts: Sequence[str], seeds: Sequence[int], how: How) -> list[list[Completion]]:
+    def _complete(self, prompts: Sequence[Prompt], how: How) -> list[list[Completion]]:
         """The completions of each prompt; those that came before the run was stopped are not asked for again."""
         arrived = self.files.arrived
-        missing = [place for place, seed in enumerate(seeds) if seed not in arrived]
-        if not missing:
-            return [arrived[seed] for seed in seeds]
-        answers = self.generator.complete(
-            [prompts[place] for place in missing],
-            [seeds[place] for place in missing],
-            lambda place, completions: self.files.keep(seeds[missing[place]], completions),
-            how,
-        )
-        fresh = {seeds[place]: completions for place, completions in zip(missing, answers, strict=True)}
-        return [fresh[seed] if seed in fresh else arrived[seed] for seed in seeds]
+        missing = [prompt for prompt in prompts if prompt.seed not in arrived]
+
+        def keep(place: int, completions: list[Completion]) -> None:
+            self.files.keep(missing[place].seed, completions)
+
+        answers = self.generator.complete(missing, how, keep) if missing else []
+        fresh = {prompt.seed: completions for prompt, completions in zip(missing, answers, strict=True)}
+        return [fresh[seed] if seed in fresh else arrived[seed] for _, seed in prompts]
 
     def _show_from_now_on(self, kept: Sequence[dict[str, Any]]) -> None:
         for line in kept:
@@ -287,7 +283,7 @@ class Bootstrap:
                 self.machine.append((line["request_idx"], task))
 
     def _fit(self, shots: list[Task]) -> tuple[list[Task], str] | None:
-        return fit_shots(self.generator, self.format.render, shots, self.how.settings.max_length)
+        return fit_shots(self.generator, self.format.render, shots, self.arguments.max_length)
 
     # ---- the end
 

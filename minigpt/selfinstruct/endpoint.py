@@ -18,7 +18,7 @@ from urllib.request import Request
 from minigpt.arguments import check_range
 from minigpt.distributed import say
 from minigpt.inference.api import ApiError, api_url, opener, post_json, side_by_side
-from minigpt.selfinstruct.generators import Completion, How, OnArrival, cut
+from minigpt.selfinstruct.generators import Completion, How, OnArrival, Prompt, cut
 
 if TYPE_CHECKING:  # it brings tiktoken, and --help need not wait for it
     from minigpt.data.tokenizer import Tokenizer
@@ -57,19 +57,17 @@ class EndpointArguments:
 class ApiGenerator:
     """A model behind a server, asked by `request_batch_size` threads at once."""
 
-    def __init__(self, endpoint: EndpointArguments, how: How, tokenizer: "Tokenizer | None" = None):
+    def __init__(self, endpoint: EndpointArguments, tokenizer: "Tokenizer | None" = None):
         """
         Args:
             tokenizer: the model's own, to count with.
 
         Raises:
             ApiError: nobody answers at the address, or the key is refused.
-            ValueError: the address is none; a beam search, which the protocol does not know.
+            ValueError: the address is none.
         """
-        if how.settings.num_beams > 1:
-            raise ValueError("--num_beams needs a local model: OpenAI's protocol knows no beam search")
         assert endpoint.api_base and endpoint.api_model
-        self.endpoint, self.how, self.tokenizer = endpoint, how, tokenizer
+        self.endpoint, self.tokenizer = endpoint, tokenizer
         self.key = os.environ.get(KEY, "").strip() or None
         self.url = api_url(endpoint.api_base, "chat/completions" if endpoint.api_chat else "completions")
         said = self._context_there(api_url(endpoint.api_base, "models"))
@@ -84,13 +82,12 @@ class ApiGenerator:
         return -(-len(text.encode("utf-8", "replace")) // 2)
 
     def complete(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        on_arrival: OnArrival | None = None,
-        how: How | None = None,
+        self, prompts: Sequence[Prompt], how: How, on_arrival: OnArrival | None = None
     ) -> list[list[Completion]]:
-        """Raises ApiError where the server does not answer, or refuses; after what is under way has arrived."""
+        """Raises ApiError where the server does not answer, or refuses; after what is under way has arrived. And
+        ValueError for a beam search, which the protocol does not know."""
+        if how.settings.num_beams > 1:
+            raise ValueError("--num_beams needs a local model: OpenAI's protocol knows no beam search")
         found: list[list[Completion]] = [[] for _ in prompts]
         refused: dict[int, ApiError] = {}
         failed: ApiError | None = None
@@ -99,7 +96,7 @@ class ApiGenerator:
         def ask(place: int) -> list[Completion] | ApiError | None:
             """None where it was not asked, or not again, because of another one's error."""
             try:
-                return None if self._given_up.is_set() else self._ask(prompts[place], seeds[place], how or self.how)
+                return None if self._given_up.is_set() else self._ask(prompts[place], how)
             except _GivenUp:
                 return None
             except ApiError as error:
@@ -108,7 +105,7 @@ class ApiGenerator:
                 return error
 
         keep: OnArrival = on_arrival or (lambda place, completions: None)
-        for place, answer in side_by_side(ask, range(len(prompts)), self.how.settings.request_batch_size):
+        for place, answer in side_by_side(ask, range(len(prompts)), how.settings.request_batch_size):
             if isinstance(answer, list):
                 self._answered, found[place] = True, answer
                 keep(place, answer)
@@ -125,7 +122,7 @@ class ApiGenerator:
             keep(place, [])
         return found
 
-    def _ask(self, prompt: str, seed: int, how: How) -> list[Completion]:
+    def _ask(self, prompt: Prompt, how: How) -> list[Completion]:
         settings, stop = how
         body: dict[str, Any] = {
             "model": self.endpoint.api_model,
@@ -133,15 +130,15 @@ class ApiGenerator:
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "n": settings.num_return_sequences,
-            "seed": seed % 2**31,  # some read no more bits
+            "seed": prompt.seed % 2**31,  # some read no more bits
             "stop": list(stop[:MOST_STOPS]),
         }
         if settings.repetition_penalty != 1:
             body["repetition_penalty"] = settings.repetition_penalty  # not OpenAI's, but vLLM's and ours
         if self.endpoint.api_chat:
-            body["messages"] = [{"role": "user", "content": prompt}]
+            body["messages"] = [{"role": "user", "content": prompt.text}]
         else:
-            body["prompt"] = prompt
+            body["prompt"] = prompt.text
         attempts = self.endpoint.api_retries + 1
         answer: Any = None
         for attempt in range(attempts):

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minigpt.data.streams import read_values
-from minigpt.files import read_json
-from minigpt.selfinstruct.batch_dir import REQUESTS, SEED_TASKS, STATISTICS, TASKS
+from minigpt.selfinstruct.batch_dir import OR_ELSE, REQUESTS, SEED_TASKS, STATISTICS, TASKS, Statistics
 from minigpt.selfinstruct.figures import Bars, Histogram, Ring
 from minigpt.selfinstruct.tasks import Task, read_seed_tasks
 from minigpt.selfinstruct.verb_noun import VerbNoun, verb_noun
@@ -30,9 +29,10 @@ class Kept(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """A task that a filter dropped; `score` where that was the novelty filter."""
+    """A task that a filter dropped; where that was the novelty filter, what it was too near to, and how near."""
 
     task: Task
+    nearest: str | None
     score: float | None
 
 
@@ -40,7 +40,7 @@ class Run(NamedTuple):
     """What the files of a batch folder hold, up to the last round that was committed."""
 
     name: str
-    statistics: dict[str, Any]
+    statistics: Statistics
     seeds: list[str]
     kept: list[Kept]
     dropped: dict[str, list[Dropped]]  # examples of each filter
@@ -50,13 +50,13 @@ class Run(NamedTuple):
 def read_run(folder: Path) -> Run:
     if not (folder / STATISTICS).exists():
         raise ValueError(f"{folder}: no {STATISTICS} in it, so no run (selfinstruct.py --batch_dir makes one)")
-    statistics = read_json(folder / STATISTICS)
+    statistics = Statistics.read(folder / STATISTICS)
     seeds = [task.instruction for task in read_seed_tasks(folder / SEED_TASKS)] if _holds(folder / SEED_TASKS) else []
-    kept = [_kept(*line) for line in _lines(folder / TASKS, statistics["kept"])]
-    dropped: dict[str, list[Dropped]] = {name: [] for name in statistics["rejected"]}
+    kept = [_kept(*line) for line in _lines(folder / TASKS, statistics.kept)]
+    dropped: dict[str, list[Dropped]] = {name: [] for name in statistics.rejected}
     seen: Counter[str] = Counter()
     near = []
-    for source, line in _lines(folder / REQUESTS, statistics["requests"]):
+    for source, line in _lines(folder / REQUESTS, statistics.requests):
         for found in _get(source, line, "tasks"):
             verdict = _get(source, found, "verdict")
             if verdict == "kept":
@@ -65,9 +65,9 @@ def read_run(folder: Path) -> Run:
                 raise ValueError(f"{source}: the verdict {json.dumps(verdict)}, of which {STATISTICS} knows nothing")
             if verdict == "novelty":
                 near.append(_get(source, found, "score"))
-            every = max(1, statistics["rejected"][verdict] // EXAMPLES)  # examples from the whole of the run
+            every = max(1, statistics.rejected[verdict] // EXAMPLES)  # examples from the whole of the run
             if seen[verdict] % every == 0 and len(dropped[verdict]) < EXAMPLES:
-                dropped[verdict].append(Dropped(_task(source, found), found.get("score")))
+                dropped[verdict].append(Dropped(_task(source, found), found.get("nearest"), found.get("score")))
             seen[verdict] += 1
     return Run(folder.resolve().name, statistics, seeds, kept, dropped, near)
 
@@ -90,7 +90,7 @@ def _lines(path: Path, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _get(source: str, line: dict[str, Any], key: str) -> Any:
     if key not in line:
-        raise ValueError(f"{source}: {json.dumps(key)} is missing: the file was damaged, or is of another program")
+        raise ValueError(f"{source}: {json.dumps(key)} is missing (put back what was there, {OR_ELSE})")
     return line[key]
 
 
@@ -160,4 +160,4 @@ def similarity(run: Run) -> Histogram:
 
 
 def ends(run: Run) -> Bars:
-    return Bars("What became of the tasks", [("kept", run.statistics["kept"]), *run.statistics["rejected"].items()])
+    return Bars("What became of the tasks", [("kept", run.statistics.kept), *run.statistics.rejected.items()])

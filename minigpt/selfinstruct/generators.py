@@ -1,6 +1,6 @@
 """Where completions come from: a model in this process, or in one process for each GPU. endpoint.py asks a server.
 
-All generators keep one promise: `complete(prompts, seeds)`, `count(text)` and `context`. What a prompt gets depends on
+All generators keep one promise: `complete(prompts, how)`, `count(text)` and `context`. What a prompt gets depends on
 its seed alone, and so neither on its neighbours nor on the number of processes.
 """
 
@@ -14,6 +14,14 @@ from minigpt.selfinstruct.tasks import Task
 
 if TYPE_CHECKING:  # it brings tiktoken, and --help need not wait for it
     from minigpt.data.tokenizer import Tokenizer
+
+
+class Prompt(NamedTuple):
+    """What a model is to continue."""
+
+    text: str
+    seed: int
+    """Fixes the draws."""
 
 
 class Completion(NamedTuple):
@@ -32,25 +40,18 @@ class Generator(Protocol):
 
     context: int
     """The most tokens of a prompt and its completion together."""
-    how: "How"
-    """How it completes where it is not told otherwise."""
 
     def count(self, text: str) -> int:
         """The tokens of a text, or a safe guess."""
 
     def complete(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        on_arrival: OnArrival | None = None,
-        how: "How | None" = None,
+        self, prompts: Sequence[Prompt], how: "How", on_arrival: OnArrival | None = None
     ) -> list[list[Completion]]:
         """Continues each prompt, `num_return_sequences` times.
 
         Args:
             on_arrival: called with the place of a prompt and its completions, as soon as they have come from afar.
                 What a local model does it can do again, so it tells nothing.
-            how: another way than `self.how`.
         """
 
 
@@ -107,30 +108,26 @@ class How(NamedTuple):
 class LocalGenerator:
     """A model in this process."""
 
-    def __init__(self, model: Any, tokenizer: "Tokenizer", how: How):
+    def __init__(self, model: Any, tokenizer: "Tokenizer"):
         """`model`: a GPT in eval mode, on any device; on a CPU, as `inference.fast.for_generation` packs it."""
-        self.model, self.tokenizer, self.how = model, tokenizer, how
+        self.model, self.tokenizer = model, tokenizer
         self.context: int = model.config.n_positions
 
     def count(self, text: str) -> int:
         return len(self.tokenizer.encode(text))
 
     def complete(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        on_arrival: OnArrival | None = None,
-        how: How | None = None,
+        self, prompts: Sequence[Prompt], how: How, on_arrival: OnArrival | None = None
     ) -> list[list[Completion]]:
         """Raises ValueError where a prompt is empty or fills the context."""
         from minigpt.inference.sampling import generate
 
-        settings, stop = how or self.how
+        settings, stop = how
         eot = self.tokenizer.eot_id
         assert settings.temperature is not None
         sequences = generate(
             self.model,
-            [self.tokenizer.encode(prompt) for prompt in prompts],
+            [self.tokenizer.encode(prompt.text) for prompt in prompts],
             max_new_tokens=settings.max_length,
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -140,7 +137,7 @@ class LocalGenerator:
             eos_id=eot,
             stop=stop,
             tokenizer=self.tokenizer,
-            seed=list(seeds),
+            seed=[prompt.seed for prompt in prompts],
             batch_size=settings.request_batch_size * max(settings.num_return_sequences, settings.num_beams),
         )
         found = []
@@ -180,19 +177,14 @@ class Ranks:
 
     def __init__(self, generator: LocalGenerator):
         self.generator = generator
-        self.context, self.count, self.how = generator.context, generator.count, generator.how
+        self.context, self.count = generator.context, generator.count
         start_process_group(generator.model.wpe.weight.device.type)
 
     def complete(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        on_arrival: OnArrival | None = None,
-        how: How | None = None,
+        self, prompts: Sequence[Prompt], how: How, on_arrival: OnArrival | None = None
     ) -> list[list[Completion]]:
-        work = (prompts, seeds, how or self.how)
-        self._from_rank_0(work)
-        parts = self._share(*work)
+        self._from_rank_0((prompts, how))
+        parts = self._share(prompts, how)
         assert parts is not None
         return [parts[place % len(parts)][place // len(parts)] for place in range(len(prompts))]
 
@@ -214,13 +206,12 @@ class Ranks:
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def _share(self, prompts: Sequence[str], seeds: Sequence[int], how: How) -> list[Any] | None:
+    def _share(self, prompts: Sequence[Prompt], how: How) -> list[Any] | None:
         """All ranks' completions, on rank 0."""
         from torch import distributed
 
-        own = slice(rank(), None, world_size())
         with all_or_none():
-            found = self.generator.complete(prompts[own], seeds[own], how=how)
+            found = self.generator.complete(prompts[rank() :: world_size()], how)
         parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
         distributed.gather_object(found, parts, dst=0)
         return parts

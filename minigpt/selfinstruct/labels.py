@@ -9,12 +9,12 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from minigpt.selfinstruct.generators import Completion, Generator, How, fit_shots
+from minigpt.selfinstruct.generators import Completion, Generator, How, Prompt, fit_shots
 from minigpt.selfinstruct.request import TaskFormat
 from minigpt.selfinstruct.tasks import Task
 
 YES_OR_NO = 5  # tokens
-Complete = Callable[[Sequence[str], Sequence[int], How], list[list[Completion]]]
+Complete = Callable[[Sequence[Prompt], How], list[list[Completion]]]
 
 
 class LabelsFirst:
@@ -71,7 +71,7 @@ class LabelsFirst:
     ) -> list[tuple[Completion, int]]:
         """The completion of each line's prompt, and the number of its open slot; an empty one where no shot fits, or a
         server refuses."""
-        prompts: dict[int, tuple[str, int, int]] = {}  # place -> prompt, seed, open slot
+        prompts: dict[int, tuple[Prompt, int]] = {}  # place -> prompt, open slot
         for place, line in enumerate(lines):
             random = Random(f"{how.settings.seed}/{line['request_idx']}/{line['instruction']}/{draw.__name__}")
             shots, seed = draw(random), random.getrandbits(63)
@@ -80,12 +80,10 @@ class LabelsFirst:
                 return render(shots, instruction)
 
             if fitting := fit_shots(self.generator, render_one, shots, how.settings.max_length):
-                prompts[place] = fitting[1], seed, len(fitting[0]) + 1
-        answers = self.complete(
-            [prompt for prompt, _, _ in prompts.values()], [seed for _, seed, _ in prompts.values()], how
-        )
+                prompts[place] = Prompt(fitting[1], seed), len(fitting[0]) + 1
+        answers = self.complete([prompt for prompt, _ in prompts.values()], how)
         found = [(Completion("", True), 0)] * len(lines)
-        for (place, (_, _, number)), completions in zip(prompts.items(), answers, strict=True):
+        for (place, (_, number)), completions in zip(prompts.items(), answers, strict=True):
             if completions:
                 found[place] = completions[0], number
         return found

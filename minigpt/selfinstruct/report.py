@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 from string import Template
 
+from minigpt.distributed import say
 from minigpt.files import whole_file, writing_to
 from minigpt.selfinstruct.figures import Histogram, Ring, draw_pictures, svg_bars, svg_histogram, svg_sunburst
 from minigpt.selfinstruct.filters import Filters
@@ -30,7 +31,6 @@ from minigpt.selfinstruct.findings import (
     similarity,
     words_of,
 )
-from minigpt.selfinstruct.tasks import Task
 from minigpt.selfinstruct.verb_noun import verb_noun
 
 REPORT, PICTURES = "report.html", "report"
@@ -56,7 +56,7 @@ ENDED = {
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `report.html`, and the PNGs where matplotlib is installed; returns the page's path.
+    """Writes `report.html` and, where matplotlib is installed, the PNGs; returns the page's path.
 
     Raises:
         ValueError: `FILE:LINE: what is wrong`; or the folder holds no run.
@@ -66,7 +66,8 @@ def write_report(folder: Path) -> Path:
     with writing_to(folder, "--batch_dir"):
         with whole_file(folder / REPORT) as path:
             path.write_bytes(page)
-        draw_pictures(folder / PICTURES, rings(run), lengths(run), similarity(run), ends(run))
+        if not draw_pictures(folder / PICTURES, rings(run), lengths(run), similarity(run), ends(run)):
+            say(f"{'pictures':16} none: they need matplotlib (pip install -c constraints.txt -e '.[plot]')")
     return folder / REPORT
 
 
@@ -107,7 +108,7 @@ def _page(run: Run) -> str:
 def _summary(run: Run) -> str:
     seeds = f" from {len(run.seeds):,} seed tasks" if run.seeds else ""
     kept = f"{len(run.kept):,} instruction{'s' * (len(run.kept) != 1)}"
-    return f"{kept} that a model wrote{seeds}. The run {ENDED.get(run.statistics['ended'], 'has ended')}."
+    return f"{kept} that a model wrote{seeds}. The run {ENDED[run.statistics.ended]}."
 
 
 def _tiles(run: Run) -> str:
@@ -115,9 +116,9 @@ def _tiles(run: Run) -> str:
     pairs = {kept.about[:2] for kept in run.kept if kept.about.noun}
     inputs = sum(bool(kept.task.input) for kept in run.kept)
     tiles = [
-        ("kept", f"{counts['kept']:,}", f"{_share(counts['kept'], counts['tasks'])} of what was read"),
-        ("tasks read", f"{counts['tasks']:,}", f"in {counts['completions']:,} completions"),
-        ("requests", f"{counts['requests']:,}", f"{counts['kept'] / max(1, counts['requests']):.2f} kept of each"),
+        ("kept", f"{counts.kept:,}", f"{_share(counts.kept, counts.tasks)} of what was read"),
+        ("tasks read", f"{counts.tasks:,}", f"in {counts.completions:,} completions"),
+        ("requests", f"{counts.requests:,}", f"{counts.kept / max(1, counts.requests):.2f} kept of each"),
         ("verb-noun pairs", f"{len(pairs):,}", f"different ones, in {len(run.kept):,} tasks"),
         ("median similarity", f"{median(kept.score for kept in run.kept):.2f}" if run.kept else "-", "ROUGE-L"),
         ("with an input", _share(inputs, len(run.kept)), f"{inputs:,} of the kept tasks"),
@@ -217,7 +218,7 @@ def _facts(unit: str, count: str, groups: Iterable[tuple[str, Sequence[float]]],
 def _neighbours(tasks: Sequence[Kept]) -> str:
     rows = [
         f'<li><span class="score">{kept.score:.2f}</span><div>{_text(kept.task.instruction)}'
-        f'<p class="near"><span>nearest</span> {_text(kept.nearest) if kept.nearest else "none"}</p></div></li>'
+        f"{_beside('nearest', kept.nearest or 'none')}</div></li>"
         for kept in tasks
     ]
     return f'<ol class="tasks">{"".join(rows)}</ol>' if rows else "<p>There is none.</p>"
@@ -232,15 +233,13 @@ def _text(text: str) -> str:
 
 
 def _dropped(run: Run, name: str, examples: Sequence[Dropped]) -> str:
-    count = run.statistics["rejected"][name]
-    head = (
-        f"<b>{escape(name)}</b> {count:,} ({_share(count, run.statistics['tasks'])}) <small>{WHY.get(name, '')}</small>"
-    )
+    count = run.statistics.rejected[name]
+    head = f"<b>{name}</b> {count:,} ({_share(count, run.statistics.tasks)}) <small>{WHY[name]}</small>"
     if not examples:
         return f'<p class="none">{head}</p>'
     items = "".join(
         f'<li><span class="score">{escape(_reason(name, one))}</span><div>{_text(one.task.instruction or "(blank)")}'
-        f"{_more(one.task) if name == 'output' else ''}</div></li>"
+        f"{_beside('nearest', one.nearest)}{_beside('input', one.task.input) if name == 'output' else ''}</div></li>"
         for one in (sorted(examples, key=lambda one: -(one.score or 0)) if name == "novelty" else examples)
     )
     return f'<details><summary>{head}</summary><ol class="tasks">{items}</ol></details>'
@@ -263,8 +262,8 @@ def _reason(name: str, one: Dropped) -> str:
     return instruction[:1] if name in ("punctuation", "language") else " ".join(instruction.split()[:3])
 
 
-def _more(task: Task) -> str:
-    return f'<p class="near"><span>input</span> {_text(task.input)}</p>' if task.input else ""
+def _beside(name: str, text: str | None) -> str:
+    return f'<p class="near"><span>{name}</span> {_text(text)}</p>' if text else ""
 
 
 def _data(kept: Sequence[Kept]) -> str:

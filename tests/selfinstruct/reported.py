@@ -15,8 +15,9 @@ EVIL = [
 ]
 
 
-def task(instruction, verdict="kept", score=0.25, text="", output="Done."):
-    return {"instruction": instruction, "input": text, "output": output, "verdict": verdict, "score": score}
+def task(instruction, verdict="kept", score=0.25, text="", output="Done.", nearest=None):
+    columns = {"instruction": instruction, "input": text, "output": output}
+    return {**columns, "verdict": verdict, "score": score, "nearest": nearest}
 
 
 def some_tasks(count, seed=0):
@@ -30,7 +31,9 @@ def some_tasks(count, seed=0):
         made["input"] = "An input." * draw.randrange(2)
         if number % 4 == 3:
             name = draw.choice(NAMES)
-            made |= {"verdict": name, "score": 0.7 + 0.3 * draw.random() if name == "novelty" else None}
+            made |= {"verdict": name, "score": None}
+            if name == "novelty":
+                made |= {"score": 0.7 + 0.3 * draw.random(), "nearest": "Write a poem about rain."}
         yield made
 
 

@@ -1,15 +1,10 @@
 """A run with a scripted generator, and what it left."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.selfinstruct.batch_dir import Statistics, open_batch_dir
-from minigpt.selfinstruct.bootstrap import Bootstrap, BootstrapArguments, TaskArguments, list_of_tasks
-from minigpt.selfinstruct.filters import Filters
-from minigpt.selfinstruct.generators import GeneratorArguments
-from minigpt.selfinstruct.novelty import NoveltyFilter
-from minigpt.selfinstruct.request import TaskFormat
+from minigpt.selfinstruct.bootstrap import Bootstrap, RunArguments
 from minigpt.selfinstruct.tasks import Task
 
 from .writers import VERBS, WORDS, Scripted
@@ -21,39 +16,16 @@ SEEDS = [
 ]
 
 
-@dataclass
-class Config(BootstrapArguments, TaskArguments, GeneratorArguments):
-    """The settings that matter here."""
-
-    def __post_init__(self) -> None:
-        for part in (BootstrapArguments, TaskArguments, GeneratorArguments):
-            part.__post_init__(self)
-
-
-def config_of(folder: Path, **settings) -> Config:
+def config_of(folder: Path, **settings) -> RunArguments:
     usual = {"batch_dir": str(folder), "num_instructions_to_generate": 100, "request_batch_size": 2}
-    return Config(**{**usual, **settings})
+    return RunArguments(**{**usual, **settings})
 
 
 def bootstrap(folder: Path, generator=None, seed_tasks=SEEDS, **settings) -> Statistics:
     """A run with a scripted generator, from what the folder holds to its end."""
     config = config_of(folder, **settings)
-    arguments = {name: getattr(config, name) for name in GeneratorArguments.__dataclass_fields__}
-    task_format = TaskFormat(config.format)
-    how = list_of_tasks(GeneratorArguments(**arguments), config, task_format)
     with open_batch_dir(folder, config, seed_tasks) as files:
-        run = Bootstrap(
-            files,
-            config,
-            seed_tasks,
-            task_format,
-            Filters(config.banned_words, config.keep_programming, config.language),
-            NoveltyFilter(config.threshold),
-            generator or Scripted(),
-            how,
-            config.label_first,
-        )
-        return run.run()
+        return Bootstrap(files, config, seed_tasks, generator or Scripted()).run()
 
 
 def lines(folder: Path, name: str) -> list[dict]:

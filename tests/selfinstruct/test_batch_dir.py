@@ -15,14 +15,12 @@ from tqdm import tqdm
 from minigpt.config import parse
 from minigpt.selfinstruct import batch_dir
 from minigpt.selfinstruct.batch_dir import BatchDir, open_batch_dir
-from minigpt.selfinstruct.bootstrap import list_of_tasks
+from minigpt.selfinstruct.bootstrap import RunArguments
 from minigpt.selfinstruct.endpoint import ApiGenerator, EndpointArguments
-from minigpt.selfinstruct.generators import GeneratorArguments
-from minigpt.selfinstruct.request import TaskFormat
 from minigpt.selfinstruct.tasks import read_seed_tasks
 
-from .endpoint import MODEL, Reply, serving
-from .runs import SEEDS, TASKS, Config, bootstrap, config_of, contents, lines, same
+from .endpoint import MODEL, serving
+from .runs import SEEDS, TASKS, bootstrap, config_of, contents, lines, same
 from .writers import Scripted
 
 # ---- stopped and continued
@@ -169,7 +167,7 @@ def test_the_seed_tasks_are_kept_and_can_be_read_again(whole):
 
 
 def test_the_configuration_is_kept(whole):
-    assert parse(Config, ["--config", str(whole / "config.yaml")]) == config_of(whole)
+    assert parse(RunArguments, ["--config", str(whole / "config.yaml")]) == config_of(whole)
 
 
 def test_one_run_at_a_time(tmp_path, whole):
@@ -194,7 +192,95 @@ def test_lines_that_somebody_took_out(tmp_path):
     with pytest.raises(ValueError, match=rf"{TASKS}: holds {len(kept) - 1} whole lines, but statistics.json speaks of"):
         bootstrap(tmp_path)
     (tmp_path / TASKS).write_bytes(b"{\n" + b"".join(kept[1:]))
-    with pytest.raises(ValueError, match=rf"{TASKS}:1: not JSON"):
+    with pytest.raises(ValueError, match=rf"{TASKS}:1: no task that this run wrote \(put back what was there;"):
+        bootstrap(tmp_path)
+
+
+MINE = '{"instruction": "Name my cat.", "input": "", "output": "Mia."}\n'
+
+
+@pytest.mark.parametrize(
+    ("edit", "line"),
+    [
+        (lambda text: text + MINE, 1),
+        (lambda text: text + MINE.rstrip(), 1),  # an editor need not end the last line
+        (lambda text: text + '{"instruction": "Cut o' + MINE, 1),  # behind what a killed run left
+        (lambda text: text + "\n# my notes", 2),
+        (lambda text: text + '{"request_idx": "x"}\n', 1),
+        (lambda text: text.partition("\n")[0] + "\n" + text, 1),  # then the last that the run wrote is one too many
+    ],
+)
+def test_what_somebody_added_is_not_cut_off(tmp_path, edit, line):
+    """A task that was added by hand was taken for the rest of a killed round, and was gone without a word."""
+    found = bootstrap(tmp_path, num_instructions_to_generate=5)
+    tasks = tmp_path / TASKS
+    tasks.write_text(edit(tasks.read_text()))
+    before = contents(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError) as error:
+            bootstrap(tmp_path)
+        assert str(error.value) == (
+            f"{tasks}:{found.kept + line}: a line too many, for statistics.json speaks of {found.kept}, and it is of "
+            "no round that was cut short (move what was added into another file; sft.py --data takes several)"
+        )
+        same(tmp_path, before)
+
+
+def test_tasks_added_before_the_first_round_stay(tmp_path):
+    with open_batch_dir(tmp_path, config_of(tmp_path), SEEDS):
+        pass
+    (tmp_path / TASKS).write_text(MINE)
+    with pytest.raises(ValueError, match=rf"{TASKS}:1: a line too many"):
+        bootstrap(tmp_path)
+    assert (tmp_path / TASKS).read_text() == MINE
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[:40],
+        lambda text: "[]",
+        lambda text: text.replace('"kept"', '"keep"'),
+        lambda text: text.replace('"requests": ', '"requests": -'),
+        lambda text: text.replace('"length": ', '"length": "many", "l": '),
+        lambda text: text.replace('"novelty"', '"nouvelle"'),
+        lambda text: text.replace('"ended": "target"', '"ended": ["target"]'),
+        lambda text: text.replace('"rejected": {', '"rejected": 3, "r": {'),
+    ],
+)
+def test_damaged_statistics_are_one_line(tmp_path, damage):
+    """A missing key was a bare KeyError, a wrong type a TypeError in the middle of the run."""
+    bootstrap(tmp_path, num_instructions_to_generate=5)
+    statistics = tmp_path / "statistics.json"
+    damaged = damage(statistics.read_text())
+    assert damaged != statistics.read_text()
+    statistics.write_text(damaged)
+    with pytest.raises(ValueError) as error:
+        bootstrap(tmp_path)
+    assert str(error.value) == (
+        f"{statistics}: damaged, for it does not hold the counts of a run "
+        "(put back what was there, or give another --batch_dir)"
+    )
+
+
+@pytest.mark.parametrize("name", [TASKS, "requests.jsonl", "config.yaml", "seed_tasks.jsonl"])
+def test_a_file_that_is_gone(tmp_path, name):
+    """The error named the file, and not what to do."""
+    bootstrap(tmp_path, num_instructions_to_generate=5)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        bootstrap(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path / name}: is gone, and a run that was begun needs it (put it back, or give another --batch_dir)"
+    )
+    assert not (tmp_path / name).exists()
+
+
+def test_the_statistics_are_gone(tmp_path):
+    bootstrap(tmp_path, num_instructions_to_generate=5)
+    (tmp_path / "statistics.json").unlink()
+    with pytest.raises(FileExistsError, match=r"but no statistics.json, .* \(put that file back, or give another --ba"):
         bootstrap(tmp_path)
 
 
@@ -202,16 +288,14 @@ def test_lines_that_somebody_took_out(tmp_path):
 
 
 def ask(server, folder, **settings):
-    endpoint = EndpointArguments(server.base, MODEL, api_retries=0)
-    config = config_of(folder, **settings)
-    how = list_of_tasks(GeneratorArguments(request_batch_size=2), config, TaskFormat())
-    return bootstrap(folder, ApiGenerator(endpoint, how), **settings)
+    endpoint = EndpointArguments(server.url, MODEL, api_retries=0)
+    return bootstrap(folder, ApiGenerator(endpoint), **settings)
 
 
 def test_what_a_server_answered_is_never_asked_again(tmp_path):
     """It fails at every fifth request, and each time the run ends; what had arrived by then is used."""
     arrived = tmp_path / "run" / "arrived.jsonl"
-    with serving(lambda number, body: Reply(500) if number % 5 == 4 else None) as server:
+    with serving(lambda number, body: 500 if number % 5 == 4 else None) as server:
         for _ in range(100):
             try:
                 found = ask(server, tmp_path / "run")
@@ -237,7 +321,7 @@ def test_what_a_server_answered_is_never_asked_again(tmp_path):
 
 def test_half_a_line_of_what_arrived(tmp_path):
     """Killed while it wrote a completion down: that one is asked for again, and no other."""
-    with serving(lambda number, body: Reply(500) if number >= 5 else None) as server, pytest.raises(OSError):
+    with serving(lambda number, body: 500 if number >= 5 else None) as server, pytest.raises(OSError):
         ask(server, tmp_path)
     arrived = tmp_path / "arrived.jsonl"
     *whole_lines, last = arrived.read_bytes().splitlines(keepends=True)
@@ -247,3 +331,14 @@ def test_half_a_line_of_what_arrived(tmp_path):
     again = {body["seed"] for body in server.bodies}
     assert json.loads(last)["seed"] % 2**31 in again
     assert not {json.loads(line)["seed"] % 2**31 for line in whole_lines} & again
+
+
+def test_damage_in_what_arrived_is_one_line(tmp_path):
+    with serving(lambda number, body: 500 if number >= 5 else None) as server, pytest.raises(OSError):
+        ask(server, tmp_path)
+    arrived = tmp_path / "arrived.jsonl"
+    arrived.write_text('{"seed": 3}\n' + arrived.read_text())
+    with pytest.raises(
+        ValueError, match=r"arrived.jsonl:1: damaged \(delete the file, and its requests are asked anew"
+    ):
+        bootstrap(tmp_path)

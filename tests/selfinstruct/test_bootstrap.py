@@ -22,7 +22,7 @@ def test_the_files_are_as_documented(whole):
     ]
     statistics = json.loads((whole / "statistics.json").read_text())
     requests, kept = lines(whole, "requests.jsonl"), lines(whole, TASKS)
-    assert list(statistics) == ["requests", "completions", "tasks", "kept", "acceptance_rate", "rejected", "ended"]
+    assert list(statistics) == ["requests", "completions", "tasks", "kept", "rejected", "ended", "acceptance_rate"]
     assert list(statistics["rejected"]) == list(NAMES)
     judged = [task for request in requests for task in request["tasks"]]
     assert statistics["requests"] == statistics["completions"] == len(requests)
@@ -67,7 +67,9 @@ def test_a_task_of_the_same_request_counts(tmp_path):
     text = twice.format(9) + "10. Instruction:" + twice.format(10)
     found = bootstrap(tmp_path, Scripted(lambda prompt, seed: Completion(text, True)), num_instructions_to_generate=1)
     assert (found.requests, found.tasks, found.kept, found.rejected["novelty"]) == (1, 2, 1, 1)
-    assert [task["score"] for task in lines(tmp_path, "requests.jsonl")[0]["tasks"]][1] == 1.0
+    first, second = lines(tmp_path, "requests.jsonl")[0]["tasks"]
+    assert first["nearest"] in {task.instruction for task in SEEDS}
+    assert (second["score"], second["nearest"]) == (1.0, "Name a thing that flies.")
 
 
 def test_shots(whole):
@@ -107,6 +109,17 @@ def test_no_room_for_a_single_shot(tmp_path):
         "(give a smaller --max_length, or shorter tasks)"
     )
     bootstrap(tmp_path, max_length=99)  # nothing was asked, so another setting may begin in its place
+
+
+@pytest.mark.parametrize("max_length", [120, 300])
+def test_a_completion_longer_than_the_context(tmp_path, max_length):
+    """It spoke of -180 tokens that were left."""
+    with pytest.raises(ValueError) as error:
+        bootstrap(tmp_path, Scripted(context=120), max_length=max_length)
+    assert str(error.value) == (
+        f"--max_length {max_length} leaves no room for a request: the model's context is 120 tokens, for a request and "
+        "its completion together (give a smaller --max_length)"
+    )
 
 
 def test_io_and_several_completions(tmp_path):
@@ -163,12 +176,12 @@ def test_the_budget_of_requests_follows_the_target():
 class Classifier(Scripted):
     """Says that what is about rivers is classification, and gives it a label and then an input."""
 
-    def complete(self, prompts, seeds, on_arrival=None, how=None):
-        if "Classification:" not in prompts[0][-20:] and not prompts[0].endswith("Output:"):
-            return super().complete(prompts, seeds, on_arrival, how)
-        self.asked += zip(prompts, seeds, strict=True)
+    def complete(self, prompts, how, on_arrival=None):
+        if not prompts[0].text.endswith(("Classification:", "Output:")):
+            return super().complete(prompts, how, on_arrival)
+        self.asked += prompts
         found = []
-        for prompt in prompts:
+        for prompt, _ in prompts:
             instruction = prompt.rpartition(" Instruction: ")[2].partition("\n")[0]
             number = prompt.rpartition("###\n")[2].partition(".")[0]
             if prompt.endswith("Output:"):

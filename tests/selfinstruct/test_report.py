@@ -84,7 +84,7 @@ def test_what_a_model_wrote_stays_text(tmp_path):
     """A `</script>` in a task would end the data, and what follows it would run."""
     tasks = [task(instruction, text=text, output=text + "." * 300) for instruction, text in EVIL]
     tasks += [
-        task(EVIL[0][0], "novelty", 0.9),
+        task(EVIL[0][0], "novelty", 0.9, nearest=EVIL[0][0] + "<script>"),
         task(EVIL[1][1], "punctuation", None),
         task(EVIL[0][1], "output", output=""),
     ]
@@ -165,12 +165,16 @@ def test_why_a_task_was_dropped(tmp_path):
         task("- a list", "punctuation", None),
         task("Écris un poème.", "language", None),
         task("Say it again and again.", "output", None, text="this", output="this"),
-        task("Write a poem about the rain.", "novelty", 0.9231),
+        task("Write a poem about the rain.", "novelty", 0.9231, nearest="Write a poem about rain."),
     ]
     text = Page(write_report(make_run(tmp_path / "run", tasks))).text
     for reason in (
         *("2 words Go on", "draw Please draw the Map", "Write a program Write a program that", "- - a list"),
-        *("É Écris un", "repeated Say it again and again. input this", "0.92 Write a poem about the rain."),
+        *(
+            "É Écris un",
+            "repeated Say it again and again. input this",
+            "0.92 Write a poem about the rain. nearest Write a poem about rain.",
+        ),
     ):
         assert reason in text
 

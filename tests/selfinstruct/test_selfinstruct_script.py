@@ -19,7 +19,7 @@ from minigpt.config import parse
 from minigpt.data.tokenizer import Tokenizer
 
 from ..workplace import ROOT, Workplace
-from .endpoint import MODEL, Reply, serving
+from .endpoint import MODEL, serving
 from .writers import VERBS, WORDS, babbler
 
 SCRIPT = "selfinstruct.py"
@@ -206,15 +206,15 @@ def test_garbage_ends_with_its_histogram(work):
 
 
 def server_command(server, run: str, *more: object) -> tuple[object, ...]:
-    where = ("--api_base", server.base, "--api_model", MODEL, "--batch_dir", run)
+    where = ("--api_base", server.url, "--api_model", MODEL, "--batch_dir", run)
     return (*where, "--seed_tasks_path", "seeds.jsonl", *more)
 
 
 def test_a_server(work):
-    with serving() as server:
+    with serving(lambda number, body: time.sleep(0.01)) as server:
         out = work.good(SCRIPT, *server_command(server, "api"), OPENAI_API_KEY="sk-1")
     assert len(lines(work.folder / "api" / TASKS)) >= 100
-    assert set(server.keys) == {"Bearer sk-1"}
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer sk-1"}
     assert "sk-1" not in "".join(path.read_text() for path in (work.folder / "api").glob("*.*l*"))
     assert 1 < server.most_at_once <= 5
     assert out.splitlines()[-1].endswith(f"--model_name_or_path openai-community/gpt2 --data api/{TASKS}")
@@ -223,7 +223,7 @@ def test_a_server(work):
 def test_ctrl_c_leaves_at_once_and_nothing_is_asked_twice(work):
     """Also while requests are under way that will take a minute more."""
     arrived = work.folder / "cc" / "arrived.jsonl"
-    with serving(lambda number, body: Reply(after=60) if number >= 28 else None) as server:
+    with serving(lambda number, body: time.sleep(60) if number >= 28 else None) as server:
         with started(work, *server_command(server, "cc")) as process:
             until(lambda: len(server.bodies) == 33, process)
             until(lambda: arrived.exists() and arrived.read_bytes().count(b"\n") == 8, process)
@@ -244,12 +244,12 @@ def test_five_hundred_tasks_from_the_real_seed_tasks(work, shared_data):
     """And from a server in a bad mood; sft.py trains on the result."""
 
     def mood(number, body):
-        return {3: Reply(429, {}, Retry_After="1"), 5: Reply(500), 7: Reply(200, b"<html>")}.get(number % 60)
+        return {3: (429, {"Retry-After": "1"}, b""), 5: 500, 7: b"<html>"}.get(number % 60)
 
     with serving(mood) as server:
         out = work.good(
             SCRIPT,
-            *("--api_base", server.base, "--api_model", MODEL, "--batch_dir", "real"),
+            *("--api_base", server.url, "--api_model", MODEL, "--batch_dir", "real"),
             *("--seed_tasks_path", shared_data / "seed_tasks.jsonl", "--num_instructions_to_generate", 500),
         )
     kept = lines(work.folder / "real" / TASKS)
@@ -283,6 +283,7 @@ def test_an_error_is_one_line(work):
     [
         ("", "--model_name_or_path is needed: a folder or a hub id, or --api_base with --api_model for a server"),
         ("--model_name_or_path MODEL --max_length 250", "--max_length 250 leaves 6 of the model's 256 tokens for a re"),
+        ("--model_name_or_path MODEL --max_length 300", "--max_length 300 leaves no room for a request: the model's"),
         ("--model_name_or_path MODEL --tokenizer_name ./none", "./none: no such folder"),
         ("--model_name_or_path a --api_base http://x/v1 --api_model m", "--model_name_or_path and --api_base are two"),
         ("--model_name_or_path a --num_prompt_synthetic_instructions 9", "--num_prompt_synthetic_instructions 9 is"),
@@ -299,7 +300,7 @@ def test_what_is_refused(work, tmp_path, line, message):
 def test_a_server_is_asked_by_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["--api_base", "http://127.0.0.1:1/v1", "--api_model", "m", "--batch_dir", str(tmp_path)]
-    with pytest.raises(ValueError, match="--api_base needs one process alone"):
+    with pytest.raises(ValueError, match="--api_base needs one process alone: start it with python"):
         selfinstruct.main(parse(selfinstruct.SelfInstructConfig, words))
 
 

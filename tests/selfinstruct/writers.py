@@ -9,7 +9,7 @@ import torch
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.model.gpt2 import GPT, GPTConfig
-from minigpt.selfinstruct.generators import Completion, GeneratorArguments, How, OnArrival
+from minigpt.selfinstruct.generators import Completion, How, OnArrival, Prompt
 
 VERBS = re.findall(
     r"\w+", "Describe Explain Compare List Suggest Translate Summarize Invent Rank Rewrite Imagine Defend"
@@ -41,23 +41,19 @@ def plausible(prompt: str, seed: int) -> Completion:
 class Scripted:
     """A generator without a model: what it writes depends on the seed, as it does for a model."""
 
-    def __init__(self, write=plausible, context: int = 100_000, settings: GeneratorArguments | None = None):
-        self.write, self.context, self.how = write, context, How(settings or GeneratorArguments())
-        self.asked: list[tuple[str, int]] = []
+    def __init__(self, write=plausible, context: int = 100_000):
+        self.write, self.context = write, context
+        self.asked: list[Prompt] = []
 
     def count(self, text: str) -> int:
         return len(text.split())
 
     def complete(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        on_arrival: OnArrival | None = None,
-        how: How | None = None,
+        self, prompts: Sequence[Prompt], how: How, on_arrival: OnArrival | None = None
     ) -> list[list[Completion]]:
-        self.asked += zip(prompts, seeds, strict=True)
-        n = (how or self.how).settings.num_return_sequences
-        return [[self.write(p, seed + place) for place in range(n)] for p, seed in zip(prompts, seeds, strict=True)]
+        self.asked += prompts
+        n = how.settings.num_return_sequences
+        return [[self.write(text, seed + place) for place in range(n)] for text, seed in prompts]
 
 
 def babbler(tokenizer: Tokenizer, context: int = 256) -> GPT:
