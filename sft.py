@@ -2,8 +2,8 @@
 
     python sft.py --model_name_or_path openai-community/gpt2 --data instruction-data.json
 
-Read on in minigpt/data/prompts.py (what the model sees), minigpt/data/collate.py (the shift, the mask) and
-minigpt/training/loop.py (the step).
+Read on in minigpt/data/prompts.py (what the model sees), minigpt/data/splits.py (what is read, and held out),
+minigpt/data/collate.py (the shift, the mask) and minigpt/training/loop.py (the step).
 """
 
 import math
@@ -52,9 +52,11 @@ class SFTConfig(ModelArguments, DataArguments, PromptArguments, PredictArguments
 def main(config: SFTConfig) -> None:
     name = require(config, "model_name_or_path", "a folder or a hub id, such as openai-community/gpt2")
     # Imported here, so that --help and such errors need not wait for torch.
+    from minigpt.data.dataset import Encoding
     from minigpt.data.inspect import show_examples
     from minigpt.data.prompts import get_template, template_of
-    from minigpt.data.store import Blocks, build_store, build_text_store, split
+    from minigpt.data.splits import read_conversations, read_text, split_conversations
+    from minigpt.data.store import Blocks
     from minigpt.data.tokenizer import Tokenizer
     from minigpt.inference.fast import for_generation
     from minigpt.inference.judge import Judge
@@ -62,7 +64,7 @@ def main(config: SFTConfig) -> None:
     from minigpt.model.gpt2 import GPT, GPTConfig
     from minigpt.training.checkpoint import export
     from minigpt.training.engine import check_engine, make_engine
-    from minigpt.training.loop import evaluate, train
+    from minigpt.training.loop import evaluate, perplexity, train
     from minigpt.training.plan import plan
     from minigpt.training.run import run_folder
 
@@ -72,22 +74,19 @@ def main(config: SFTConfig) -> None:
     changes = {**config.config_changes, "bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     model_config = GPTConfig.from_pretrained(name, revision, **changes)
     model_config.check_vocabulary(tokenizer.vocab_size)
-    chosen = config.template or template_of(name, revision)
-    if not (config.template or config.predict or config.eval_only) and get_template(chosen).name == "none":
-        chosen = "alpaca"  # a base model's own has no turns to teach
-    template = get_template(chosen, **config.triggers)
+    to_tune = not (config.predict or config.eval_only)
+    template = get_template(config.template or template_of(name, revision, to_tune=to_tune), **config.triggers)
     max_seq_length = config.max_seq_length or model_config.n_positions
     model_config.check_length("--max_seq_length", max_seq_length)
     max_new_tokens = min(config.max_new_tokens, model_config.n_positions // 2)
-    encoding = (template, tokenizer, max_seq_length, config.train_on_prompt)
 
-    # ---- answers, a look at the data, or the loss on it, and no training
+    # ---- without training: answers, a look at the data, or the loss on it
     if config.predict:
         if is_main():  # one process answers
             predict_file(
                 config.predict,
                 Path(config.output_dir or "runs/sft"),
-                for_generation(GPT.from_pretrained(name, revision=revision, device=device)),
+                for_generation(GPT.from_pretrained(name, revision, device=device)),
                 tokenizer,
                 template,
                 name=f"{name}@{revision}" if revision else name,
@@ -100,47 +99,35 @@ def main(config: SFTConfig) -> None:
             )
         return
     require(config, "data", "a file, a folder, a glob or hf://datasets/OWNER/NAME/FILE")
-
-    def read(paths: list[str]):
-        store = build_store(paths, *encoding, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir)
-        say(f"{' '.join(paths)}: {store.stats}")
-        return store
-
+    encoding = Encoding(template, tokenizer, max_seq_length, config.train_on_prompt)
     if config.inspect:
         show_examples(config.data, config.inspect, *encoding)
-        read(config.data)
+        read_conversations(config, config.data, encoding)
         return
     if config.eval_only:
-        data = read(config.data)
-        with closing(make_engine(GPT.from_pretrained(name, revision=revision, device=device), config)) as engine:
+        data = read_conversations(config, config.data, encoding)
+        with closing(make_engine(GPT.from_pretrained(name, revision, device=device), config)) as engine:
             loss = evaluate(engine, data, config.per_device_eval_batch_size)
         if not math.isfinite(loss):
             raise ValueError(f"{name}: the loss is {loss}: the weights are broken")
-        say(f"loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+        say(f"loss {loss:.4f}, perplexity {perplexity(loss)}")
         return
 
-    # ---- data, model, training
     with run_folder(config, "runs/sft") as folder:
         check_engine(config, model_config, device)
-        train_data, eval_data, replay_data = read(config.data), None, None
-        if config.validation_data:
-            eval_data = read(config.validation_data)
-        elif config.validation_split:
-            train_data, eval_data = split(train_data, config.validation_split, config.seed)
+
+        # ---- data
+        train_data, eval_data = split_conversations(config, encoding, config.seed)
+        replay_data = None
         if config.replay_data:
-            texts = build_text_store(
-                config.replay_data, tokenizer, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir
-            )
-            say(f"{' '.join(config.replay_data)}: {texts.stats}")
-            replay_data = Blocks(texts, max_seq_length)
+            replay_data = Blocks(read_text(config, config.replay_data, tokenizer), max_seq_length)
         if config.plan:
-            of_replay = replay_data.lengths if replay_data else ()
-            of_run = plan(
-                config, model_config, train_data.lengths, replay_lengths=of_replay, replay_ratio=config.replay_ratio
-            )
-            say(of_run.table())
+            replayed = replay_data.lengths if replay_data else ()
+            say(plan(config, model_config, train_data.lengths, replayed, config.replay_ratio).table())
             return
-        model = GPT.from_pretrained(name, revision=revision, device=device, **changes)
+
+        # ---- model and training
+        model = GPT.from_pretrained(name, revision, device=device, **changes)
         say(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
         learnt = f"Instruction-tuned on {', '.join(Path(p).name for p in config.data)}."
         with closing(make_engine(model, config)) as engine:

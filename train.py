@@ -1,9 +1,10 @@
 """Pretraining-style continuation: raw text in, a model that writes more of it out.
 
     python train.py --model_name_or_path openai-community/gpt2 --data the-verdict.txt
-    python train.py --config_name gpt2 --tokenizer_name gpt2 --data corpus/
+    python train.py --config_name gpt2 --tokenizer_name openai-community/gpt2 --data corpus/
 
-Read on in minigpt/data/store.py (text as blocks of tokens) and minigpt/training/loop.py (the step).
+Read on in minigpt/data/splits.py (what is read, and held out), minigpt/data/store.py (text as blocks of tokens) and
+minigpt/training/loop.py (the step).
 """
 
 from contextlib import closing
@@ -20,7 +21,8 @@ class PretrainConfig(ModelArguments, DataArguments, TrainConfig):
     """Train a GPT-2 on raw text: continue from a model, or start from nothing."""
 
     config_name: str | None = None
-    """Start from nothing in this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a config.json."""
+    """Start from nothing in this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub id that has a
+    config.json. The tokenizer is GPT-2's unless tokenizer_name says otherwise."""
     block_size: int | None = None
     """Tokens the model reads at once. Unset: its context."""
     stride: int | None = None
@@ -45,8 +47,8 @@ def main(config: PretrainConfig) -> None:
     import torch
 
     from minigpt.data.prompts import get_template
-    from minigpt.data.store import Blocks, build_text_store
-    from minigpt.data.tokenizer import Tokenizer
+    from minigpt.data.splits import split_text
+    from minigpt.data.tokenizer import GPT2, Tokenizer
     from minigpt.inference.predict import show_text
     from minigpt.model.gpt2 import GPT, GPTConfig
     from minigpt.training.checkpoint import export
@@ -59,11 +61,12 @@ def main(config: PretrainConfig) -> None:
     name = config.model_name_or_path
     if not name:  # an unknown shape is told before the tokenizer is looked for
         shape = config.config_name or ""
-        start = GPTConfig.from_pretrained if "/" in shape or Path(shape).is_dir() else GPTConfig.preset
-        model_config = start(shape, **config.config_changes)
-    tokenizer = Tokenizer.from_pretrained(
-        config.tokenizer_name or name or "gpt2", None if config.tokenizer_name else config.revision
-    )
+        if "/" in shape or Path(shape).is_dir():
+            model_config = GPTConfig.from_pretrained(shape, config.revision, **config.config_changes)
+        else:
+            model_config = GPTConfig.preset(shape, **config.config_changes)
+    revision = config.revision if name and not config.tokenizer_name else None  # which is the model's
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name or GPT2, revision)
     changes = {**config.config_changes, "bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     if name:
         model_config = GPTConfig.from_pretrained(name, config.revision, **changes)
@@ -77,23 +80,8 @@ def main(config: PretrainConfig) -> None:
     with run_folder(config, "runs/train") as folder:
         check_engine(config, model_config, device)
 
-        # ---- data: one stream of tokens, its end held out
-        def read(paths: list[str]):
-            store = build_text_store(
-                paths, tokenizer, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir
-            )
-            found = f"{store.stats.examples:,} documents, {store.stats.tokens:,} tokens"
-            say(f"{' '.join(paths)}: {found}; {store.stats.bad_records:,} bad records")
-            return store
-
-        store, eval_data = read(config.data), None
-        end = store.stats.tokens
-        if config.validation_data:
-            eval_data = Blocks(read(config.validation_data), block_size)
-        elif config.validation_split:
-            end -= max(2, round(end * config.validation_split))
-            eval_data = Blocks(store, block_size, start=end)
-        train_data = Blocks(store, block_size, config.stride, stop=end)
+        # ---- data
+        train_data, eval_data = split_text(config, tokenizer, block_size, config.stride)
         if config.plan:
             say(plan(config, model_config, train_data.lengths).table())
             return

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,15 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+class Encoding(NamedTuple):
+    """How a conversation becomes an example: the settings of `encode_example`."""
+
+    template: Template
+    tokenizer: Tokenizer
+    max_seq_length: int
+    train_on_prompt: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from minigpt.data.dataset import fit_example
 from minigpt.data.prompts import Message, Template
 from minigpt.data.records import read_records
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.distributed import say
 
 STYLES = {"prompt": "\033[36m", "supervised": "\033[32m", "cut": "\033[9;31m"}  # cyan, green, red struck through
 BRACKETS = {"prompt": ("", ""), "supervised": ("[", "]"), "cut": ("{cut: ", "}")}
@@ -24,11 +25,11 @@ def show_examples(
 ) -> None:
     """Prints the first examples of a dataset."""
     for conversation in islice(read_records(paths, skip_bad_records=sys.maxsize), count):
-        print(f"---- {conversation.source}: ", end="")
-        print(show_example(conversation.messages, template, tokenizer, max_seq_length, train_on_prompt))
+        marked = mark_example(conversation.messages, template, tokenizer, max_seq_length, train_on_prompt)
+        say(f"---- {conversation.source}: {marked}")
 
 
-def show_example(
+def mark_example(
     messages: Sequence[Message],
     template: Template,
     tokenizer: Tokenizer,

@@ -260,9 +260,15 @@ def get_template(
     return template.with_triggers(instruction=instruction, input=input, output=output, human=human, assistant=assistant)
 
 
-def template_of(model: str | Path, revision: str | None = None) -> str | Path:
-    """What `get_template` takes where the user chose none: the file that travels with the model, else alpaca."""
-    return find_file(model, TEMPLATE_FILE, revision) or "alpaca"
+def template_of(model: str | Path, revision: str | None = None, *, to_tune: bool = False) -> str | Path:
+    """What `get_template` takes where the user chose none: the file that travels with the model, else alpaca.
+
+    To tune, a model of raw text gets alpaca too: its own template, none, has no turns to teach.
+    """
+    path = find_file(model, TEMPLATE_FILE, revision)
+    if path is None or (to_tune and get_template(path).name == "none"):
+        return "alpaca"
+    return path
 
 
 def _read(folder: str | Path) -> Template:

@@ -1,8 +1,9 @@
 """Instruction data and raw text in the formats people have, as Conversations.
 
 The formats are told apart by their keys, record by record: Stanford Alpaca (with Self-Instruct's and Belle's dialects),
-LMFlow's datasets (https://optimalscale.github.io/LMFlow/examples/DATASETS.html), prompt/completion pairs, messages,
-ShareGPT conversations, Self-Instruct seed tasks, and text, in which HugChat's and OIG's turns are found.
+databricks-dolly, LMFlow's datasets (https://optimalscale.github.io/LMFlow/examples/DATASETS.html), prompt/completion
+pairs, messages, ShareGPT conversations, Self-Instruct seed tasks, and text, in which HugChat's and OIG's turns are
+found.
 
 What holds of every Conversation: either one "text" message, or an optional system message and then user and assistant
 messages in turn, the last one by the assistant. Contents are verbatim, the empty ones too; only where turns are found
@@ -41,7 +42,9 @@ class Conversation:
     """
 
     messages: list[Message]
-    source: str = field(default="", compare=False)  # "file:line" it was read from (parquet: "file:row")
+    source: str = field(default="", compare=False)
+    """`FILE:LINE` where its record begins (parquet: `FILE:ROW`); of further records on that line, as of an array that
+    was written without line ends, `FILE:LINE, record 2` and so on."""
 
 
 def read_records(
@@ -64,7 +67,8 @@ def read_records(
 
     Raises:
         FileNotFoundError: a path leads to no file; at once, before the first record.
-        ValueError: `FILE:LINE: what is wrong, what was expected`, while reading.
+        ValueError: `FILE:LINE: what is wrong, what was expected`, while reading; the place as in
+            `Conversation.source`.
     """
     files = find_data_files(paths)
     bad_records = [] if bad_records is None else bad_records
@@ -111,9 +115,12 @@ def read_texts(
 def _read(
     path: Path, convert: Callable[[Any], Any], allowed: int, bad_records: list[str], on_bytes: OnBytes | None
 ) -> Iterator[tuple[str, Any]]:
-    """Yields `("FILE:LINE", what it converts to)` for each record of a file, less the bad ones that are allowed."""
+    """Yields `(source, what it converts to)` for each record of a file, less the bad ones that are allowed."""
+    last_line = number = 0
     for line, record in read_values(path, on_bytes):
-        source = f"{path}:{line}"
+        number = number + 1 if line == last_line else 1
+        last_line = line
+        source = f"{path}:{line}" if number == 1 else f"{path}:{line}, record {number}"
         try:
             if isinstance(record, ValueError):  # a line that is not JSON
                 raise record
@@ -173,8 +180,10 @@ def _is_input(text: str) -> bool:
 
 
 def _from_alpaca(record: dict[str, Any]) -> list[Message]:
-    instruction, answer = _string(record, "instruction"), _string(record, "output")
-    context = _string(record, "input", default="")
+    """Alpaca's keys, or databricks-dolly's: `response` for the output, and `context` for the input."""
+    dolly = "response" in record and "output" not in record
+    instruction, answer = _string(record, "instruction"), _string(record, "response" if dolly else "output")
+    context = _string(record, "context" if dolly and "context" in record else "input", default="")
     return _from_belle(instruction, answer, context) or _exchange(instruction, answer, context)
 
 

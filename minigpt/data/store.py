@@ -296,7 +296,8 @@ class _Writer:
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         self.bar = progress_bar(total_bytes, "B", "tokenizing", unit_scale=True)
         self.lengths, self.prompt_lengths = array("q"), array("q")  # 8 bytes an example; a list takes 40
-        self.open = self.tokens = self.supervised_tokens = self.dropped = self.cut = self.bad_records = 0
+        self.begun = 0  # ids of the example that is being written
+        self.tokens = self.supervised_tokens = self.dropped = self.cut = self.bad_records = 0
 
     def __enter__(self) -> "_Writer":
         self.ids = open(self.folder / "ids.bin", "wb")
@@ -308,16 +309,16 @@ class _Writer:
         mask = np.ones(len(ids), dtype=bool) if supervised is None else np.asarray(supervised, dtype=bool)
         self.ids.write(np.asarray(ids, dtype=self.dtype).tobytes())
         self.supervised.write(mask.tobytes())
-        self.open += len(ids)
+        self.begun += len(ids)
         self.tokens += len(ids)
         self.supervised_tokens += int(mask.sum())
 
     def add(self, ids: Ids, supervised: Mask, prompt_length: int = 0) -> None:
         """Adds, and ends the example."""
         self.extend(ids, supervised)
-        self.lengths.append(self.open)
+        self.lengths.append(self.begun)
         self.prompt_lengths.append(prompt_length)
-        self.open = 0
+        self.begun = 0
 
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         self.bar.close()

@@ -22,6 +22,7 @@ import tiktoken
 from minigpt.files import find_file, read_json, whole_file
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2 = "openai-community/gpt2"  # of the hub, which also answers to gpt2, its name of old
 
 # The words of GPT-2's encoder.py, written without backtracking (`++`), as in tiktoken: a contraction, or letters,
 # digits or other signs with at most one blank before them, or white space less the blank that the next word takes.
@@ -80,7 +81,8 @@ class Tokenizer:
         """Reads a local folder, a repository of the Hugging Face hub, a `.tiktoken` file, or `tiny`.
 
         Of the files in a folder, `vocab.json` with `merges.txt` goes before `tokenizer.json` before one `*.tiktoken`.
-        The name `gpt2` also works without the hub where tiktoken's cache (`TIKTOKEN_CACHE_DIR`) holds GPT-2's files.
+        `openai-community/gpt2`, or `gpt2`, also works without the hub where tiktoken's cache (`TIKTOKEN_CACHE_DIR`)
+        holds GPT-2's files.
 
         Raises `FileNotFoundError` where there are no such files, and `ValueError` where one is broken or describes
         another kind of tokenizer.
@@ -92,7 +94,7 @@ class Tokenizer:
         try:
             files = _find_files(name_or_path, revision)
         except OSError as error:  # no such folder or repository, or a hub out of reach
-            if name_or_path != "gpt2":
+            if name_or_path not in (GPT2, "gpt2"):
                 raise
             files = _gpt2_in_tiktoken_cache()
             if not files:
@@ -110,7 +112,7 @@ class Tokenizer:
     @classmethod
     def gpt2(cls) -> "Tokenizer":
         """GPT-2's own vocabulary of 50,257 tokens."""
-        return cls.from_pretrained("gpt2")
+        return cls.from_pretrained(GPT2)
 
     @classmethod
     def tiny(cls) -> "Tokenizer":

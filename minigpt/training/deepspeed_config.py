@@ -1,43 +1,17 @@
-"""A DeepSpeed JSON, as people have it, completed and brought into agreement with the flags.
+"""A DeepSpeed JSON, as people have it, completed and brought into agreement with the flags, section by section.
 
 The keys: https://www.deepspeed.ai/docs/config-json and DeepSpeed's `runtime/config.py`. "auto" is a habit of Hugging
-Face's Trainer, which DeepSpeed itself does not know: nothing leaves here as "auto". A value that the file states and
-a flag states too must be the same; where only the file states it, it becomes the configuration's, and a line says so.
+Face's Trainer, which DeepSpeed itself does not know: nothing leaves here as "auto". Who wins where the file and a flag
+speak of the same: minigpt/training/deepspeed_file.py.
 """
 
-import difflib
 import json
 import math
-from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 from minigpt.arguments import TrainConfig
-from minigpt.config import is_given
 from minigpt.distributed import say
-from minigpt.files import read_json
-
-# What `--fp16` alone means: configs/deepspeed/zero1_fp16.json, which need not be there when a run starts.
-ZERO1_FP16: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "fp16": {
-        "enabled": True,
-        "loss_scale": 0,
-        "initial_scale_power": 16,
-        "loss_scale_window": 1000,
-        "hysteresis": 2,
-        "min_loss_scale": 1,
-    },
-    "zero_optimization": {"stage": 1, "reduce_bucket_size": 100_000_000, "allgather_bucket_size": 100_000_000},
-}
-
-# The keys that a misspelling would silently leave at DeepSpeed's default.
-READ_HERE = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "activation_checkpointing", "data_types"),
-)
+from minigpt.training.deepspeed_file import ZERO1_FP16, DeepSpeedFile
 
 # What would change the data, the loss or the step behind the loop's back, by the reason it is refused. Switched off,
 # such a key is dropped: DeepSpeed refuses those that it has removed even then.
@@ -111,7 +85,7 @@ def deepspeed_config(config: TrainConfig, hidden_size: int, world_size: int, dev
 
     Raises `FileNotFoundError`, and `ValueError` that names the file, the key and the flag or the fix.
     """
-    file = _File(config)
+    file = DeepSpeedFile(config)
     _refuse(file)
     _precision(file)
     _batches(file, world_size)
@@ -139,119 +113,7 @@ def deepspeed_config(config: TrainConfig, hidden_size: int, world_size: int, dev
     return _without_auto(content)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except ValueError:
-        import hjson  # comes with DeepSpeed, which reads its files with it: comments and last commas are allowed
-
-        try:
-            content = hjson.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON, comments allowed: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: expected a JSON object") from None
-        return dict(content)
-
-
-class _File:
-    """A DeepSpeed JSON beside the configuration that it has to agree with."""
-
-    def __init__(self, config: TrainConfig):
-        self.config = config
-        self.name = config.deepspeed or "--fp16"
-        self.agreed: dict[str, str] = {}  # flag -> the key that has set it
-        if config.deepspeed is None:
-            self.content = deepcopy(ZERO1_FP16)
-            return
-        path = Path(config.deepspeed)
-        if not path.exists():
-            raise FileNotFoundError(f"--deepspeed {path}: no such file (ready-made ones lie in configs/deepspeed)")
-        self.content = _read(path)
-        if "bfloat16" in self.content:  # its old name
-            self.content.setdefault("bf16", self.content.pop("bfloat16"))
-        if isinstance(zero := self.content.get("zero_optimization"), bool):  # an old form
-            self.content["zero_optimization"] = {"stage": int(zero)}
-        for key in self.content.keys() - set(READ_HERE):
-            if close := difflib.get_close_matches(key, READ_HERE, n=1, cutoff=0.85):
-                raise self.error(f"unknown key {key} (did you mean {close[0]}?)")
-
-    def error(self, text: str) -> ValueError:
-        return ValueError(f"{self.name}: {text}")
-
-    def get(self, key: str) -> Any:
-        """The value at `fp16.enabled`, or None where nothing or "auto" stands there."""
-        value: Any = self.content
-        for depth, part in enumerate(key.split(".")):
-            if not isinstance(value, dict):
-                raise self.error(f"{'.'.join(key.split('.')[:depth])}: expected an object, got {json.dumps(value)}")
-            value = value.get(part)
-            if value is None or value == "auto":
-                return None
-        return value
-
-    def section(self, key: str) -> dict[str, Any]:
-        """The object at `fp16`, empty where there is none."""
-        value = self.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(f"{key}: expected an object, got {json.dumps(value)}")
-        return value or {}
-
-    def number(self, key: str) -> Any:
-        """The number at `key`, or None where there is none."""
-        value = self.get(key)
-        return value if value is None else self.checked_number(key, value)
-
-    def checked_number(self, key: str, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.error(f"{key}: expected a number, got {json.dumps(value)}")
-        return value
-
-    def is_fixed(self, name: str) -> bool:
-        """Whether the file or the user has said what this flag is."""
-        return name in self.agreed or is_given(self.config, name)
-
-    def agree(self, key: str, name: str, value: Any = None) -> None:
-        """What is written at `key` is what the flag `name` is, or becomes it where nothing else has set the flag.
-
-        `value`: what the written value means as a flag, where that is not the written value itself.
-        """
-        written = self.get(key)
-        value = written if value is None else value
-        if value is None:
-            return
-        current = getattr(self.config, name)
-        if isinstance(current, bool):
-            if not isinstance(value, bool):
-                raise self.error(f"{key}: expected true or false, got {json.dumps(value)}")
-        elif isinstance(current, (int, float)):
-            value = self.checked_number(key, value)
-            if isinstance(current, int) and not float(value).is_integer():
-                raise self.error(f"{key}: expected a whole number, got {json.dumps(value)}")
-            value = type(current)(value)
-        stated = f"{key} {json.dumps(written)}"
-        if value != current:
-            if name in self.agreed:
-                raise self.error(f"{stated} contradicts {self.agreed[name]}")
-            if is_given(self.config, name):
-                raise self.error(f'{stated} contradicts {_flag(name, current)} (drop one of them, or write "auto")')
-            setattr(self.config, name, value)
-            try:
-                TrainConfig.__post_init__(self.config)
-            except ValueError as error:
-                raise self.error(f"{stated}: {error}") from None
-            default = ("on" if current else "off") if isinstance(current, bool) else current
-            say(f"{self.name}: {stated} ({_flag(name, value)} instead of the default {default})")
-        self.agreed[name] = stated
-
-
-def _flag(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no_{name}"
-    return f"--{name} {value}"
-
-
-def _refuse(file: _File) -> None:
+def _refuse(file: DeepSpeedFile) -> None:
     for reason, keys in REFUSED.items():
         for key in keys:
             value = file.get(key)
@@ -266,7 +128,7 @@ def _refuse(file: _File) -> None:
                 parent.pop(last, None)
 
 
-def _precision(file: _File) -> None:
+def _precision(file: DeepSpeedFile) -> None:
     """`fp16.enabled` and `--fp16`, `bf16.enabled` and `--bf16`; the sections that come of them."""
     for name in ("fp16", "bf16"):
         file.agree(f"{name}.enabled", name)
@@ -283,7 +145,7 @@ def _precision(file: _File) -> None:
         file.content["communication_data_type"] = file.get("communication_data_type") or "fp32"
 
 
-def _batches(file: _File, world_size: int) -> None:
+def _batches(file: DeepSpeedFile, world_size: int) -> None:
     """The micro-batch and the accumulation, or what `train_batch_size` leaves of them: the product of all three."""
     file.agree("train_micro_batch_size_per_gpu", "per_device_train_batch_size")
     file.agree("gradient_accumulation_steps", "gradient_accumulation_steps")
@@ -312,7 +174,7 @@ def _batches(file: _File, world_size: int) -> None:
             file.agree("train_batch_size", name, rest)
 
 
-def _optimizer(file: _File) -> None:
+def _optimizer(file: DeepSpeedFile) -> None:
     """An `optimizer` section: AdamW only, because that is what checkpoints hold the moments of."""
     if not file.section("optimizer"):
         file.content.pop("optimizer", None)
@@ -343,7 +205,7 @@ def _optimizer(file: _File) -> None:
                 file.agree("optimizer.params.betas", name, beta)
 
 
-def _scheduler(file: _File) -> None:
+def _scheduler(file: DeepSpeedFile) -> None:
     """A `scheduler` section in the words of the flags, or a refusal that names it."""
     if not file.section("scheduler"):
         return
@@ -356,8 +218,9 @@ def _scheduler(file: _File) -> None:
     cosine = kind == "WarmupCosineLR"
     start, end = ("warmup_min_ratio", "cos_min_ratio") if cosine else ("warmup_min_lr", "warmup_max_lr")
     params = file.section("scheduler.params")
-    for key in params.keys() - {start, end, "warmup_num_steps", "warmup_type", "total_num_steps"}:
-        raise file.error(f"scheduler.params.{key} is not known of {kind} (take it out)")
+    for key in params:
+        if key not in (start, end, "warmup_num_steps", "warmup_type", "total_num_steps"):
+            raise file.error(f"scheduler.params.{key} is not known of {kind} (take it out)")
 
     file.agree("scheduler.type", "lr_scheduler_type", SCHEDULES[kind])
     if kind == "WarmupDecayLR":
@@ -381,7 +244,7 @@ def _scheduler(file: _File) -> None:
         )
 
 
-def _zero(file: _File, hidden_size: int, device: str) -> None:
+def _zero(file: DeepSpeedFile, hidden_size: int, device: str) -> None:
     config, content = file.config, file.content
     zero = file.section("zero_optimization")
     stage = file.number("zero_optimization.stage") or 0

@@ -26,7 +26,7 @@ from minigpt.distributed import all_or_none, is_main, rank, say, start_process_g
 from minigpt.model.gpt2 import GPT
 from minigpt.training.deepspeed_config import deepspeed_config
 from minigpt.training.optim import StepInfo, make_optimizer, parameter_groups
-from minigpt.training.state import MOMENTS, STATE_BYTES, State, read_state, write_state
+from minigpt.training.state import MOMENTS, State, checkpoint_bytes, read_state, write_state
 
 SHARDS = "deepspeed"
 
@@ -41,8 +41,7 @@ class DeepSpeedEngine:
         self.version, self.zero = deepspeed.__version__, deepcopy(settings["zero_optimization"])
         self.stage = self.zero["stage"]
         self.dtype = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
-        weights = 0 if self.stage in (0, 3) else 4 if self.dtype == "fp32" else 2  # beside fp32 ones and the moments
-        self.checkpoint_bytes = model.num_parameters() * (STATE_BYTES + 12 + weights)
+        self.checkpoint_bytes = checkpoint_bytes(model.num_parameters(), self.stage, self.dtype)
         for parameter in model.parameters():  # a memory-mapped file gives transposed views, which DeepSpeed flattens
             parameter.data = parameter.data.contiguous()
         start_process_group(self.device.type)

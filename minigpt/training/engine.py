@@ -19,7 +19,7 @@ from minigpt.data.collate import Batch
 from minigpt.distributed import all_or_none, is_main, start_process_group, world_size
 from minigpt.model.gpt2 import GPT, GPTConfig
 from minigpt.training.optim import StepInfo, make_optimizer
-from minigpt.training.state import MOMENTS, STATE_BYTES, State, read_state, write_state
+from minigpt.training.state import MOMENTS, State, checkpoint_bytes, read_state, write_state
 
 
 class Engine(Protocol):
@@ -59,7 +59,7 @@ class TorchEngine:
     def __init__(self, model: GPT, config: TrainConfig):
         self.device = next(model.parameters()).device
         self.module = model
-        self.checkpoint_bytes = model.num_parameters() * STATE_BYTES
+        self.checkpoint_bytes = checkpoint_bytes(model.num_parameters())
         for parameter in model.parameters():  # a memory-mapped file gives transposed views
             parameter.data = parameter.data.contiguous()
         self.optimizer = make_optimizer(self.module, config)

@@ -62,10 +62,10 @@ class TrainResult:
         rows = [
             ("steps", f"{self.steps:,} ({self.epochs:.2f} epochs){skipped}"),
             ("data seen", f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"),
-            ("training loss", f"{self.train_loss:.4f} (perplexity {_perplexity(self.train_loss)})"),
+            ("training loss", f"{self.train_loss:.4f} (perplexity {perplexity(self.train_loss)})"),
         ]
         if self.val_loss is not None and self.val_loss_before is not None:
-            change = f"{self.val_loss_before:.4f} -> {self.val_loss:.4f} (perplexity {_perplexity(self.val_loss)})"
+            change = f"{self.val_loss_before:.4f} -> {self.val_loss:.4f} (perplexity {perplexity(self.val_loss)})"
             rows.append(("validation loss", f"{change}, lowest {self.best_val_loss:.4f} at step {self.best_step:,}"))
         rows += [
             ("time", f"{self.seconds:,.0f} s"),
@@ -117,7 +117,7 @@ def train(
     if n_examples == 0:
         raise ValueError("the training data is empty: give more of it, or hold out less (--validation_split)")
     if replay_data is not None and len(replay_data) == 0:
-        raise ValueError("the replay data is empty")
+        raise ValueError("the replay data is empty: give more of it (--replay_data)")
     steps_per_epoch = math.ceil(n_examples / window_size)
     total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
     eval_steps = config.eval_steps or max(1, math.ceil(total_steps / 10))
@@ -375,5 +375,6 @@ def _why_not_finite(model: nn.Module, step: int, reason: str, lr: float, losses:
     return f"step {step}: {reason}, at the very first: the weights that it starts from {cause}"
 
 
-def _perplexity(loss: float) -> str:
+def perplexity(loss: float) -> str:
+    """e to the loss, to be read; where that is too much for a float, what a float can hold."""
     return f"{math.exp(min(loss, 700.0)):,.2f}"

@@ -17,6 +17,7 @@ from minigpt.arguments import TrainConfig
 from minigpt.model.gpt2 import GPTConfig
 from minigpt.model.head import CHUNK_ELEMENTS
 from minigpt.training.deepspeed_config import deepspeed_config
+from minigpt.training.state import checkpoint_bytes
 
 Precision = Literal["fp32", "autocast", "bf16", "fp16"]  # autocast: fp32 weights, bf16 arithmetic; then 16-bit weights
 Lengths = Sequence[int] | np.ndarray
@@ -95,18 +96,18 @@ def plan(
     config: TrainConfig,
     model_config: GPTConfig,
     lengths: Lengths,
-    *,
-    deepspeed: Mapping[str, Any] | None = None,
     replay_lengths: Lengths = (),
     replay_ratio: float = 0.0,
+    *,
+    deepspeed: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan of a run on `config.plan` GPUs.
 
     Args:
         model_config: its dropout counts.
         lengths: ids of each training example, as a store's `lengths`; the model looks at one position less.
-        deepspeed: what DeepSpeed is given, all values filled in; None is what the flags ask for.
         replay_lengths, replay_ratio: of `replay_data`, as `train` takes them.
+        deepspeed: what DeepSpeed is given, all values filled in; None is what the flags ask for.
 
     Raises:
         ValueError: there is nothing to train on.
@@ -152,9 +153,6 @@ def plan(
         buffers = _buffers(zero, n_parameters, gpus, level, precision, fp32_sums)
         memory.append(Memory(parameters, gradients, optimizer, activations, buffers))
 
-    # Weights and Adam's two moments in fp32, and under DeepSpeed its own shards: the same again, and at stages 1 and 2
-    # the module's weights too.
-    shards = 12 + (0 if stage in (0, 3) else 4 if zero_precision == "fp32" else 2) if deepspeed else 0
     saved = math.ceil(steps / config.save_steps) if config.save_steps else 1  # one: when interrupted
     return Plan(
         parameters=n_parameters,
@@ -168,7 +166,7 @@ def plan(
         stage=stage,
         memory=memory,
         offloaded=offloaded,
-        checkpoint=(12 + shards) * n_parameters,
+        checkpoint=checkpoint_bytes(n_parameters, stage if deepspeed else None, zero_precision),
         checkpoints=min(saved, config.save_total_limit or saved),
         export=4 * n_parameters,
     )

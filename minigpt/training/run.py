@@ -1,13 +1,13 @@
 """The run folder: claimed by one process, and what lies in it.
 
-config.yaml    the resolved configuration; `--config` on it repeats the run
-metrics.jsonl  one JSON object per optimizer step
-loss.png       drawn from it
-checkpoints/   what --resume goes on from
-preempted.json of a run that was asked to end, and was saved
-export/        the last step's weights and everything that goes with them
-export-best/   the lowest validation loss, where it is not the last
-.lock          held by the operating system while the run lives; a killed run leaves nothing to clean
+config.yaml     the resolved configuration; `--config` on it repeats the run
+metrics.jsonl   one JSON object per optimizer step
+loss.png        drawn from it
+checkpoints/    what --resume goes on from
+preempted.json  left by a run that was asked to end, and was saved
+export/         the last step's weights and everything that goes with them
+export-best/    the lowest validation loss, where it is not the last
+.lock           held by the operating system while the run lives; a killed run leaves nothing to clean
 """
 
 import json

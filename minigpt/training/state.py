@@ -19,7 +19,6 @@ from minigpt.model.gpt2 import GPT, GPTConfig, read_state_dict
 
 OPTIMIZER, ENGINE = "optimizer.safetensors", "engine.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # PyTorch's names, and DeepSpeed's
-STATE_BYTES = 4 + 4 + 4  # a parameter
 
 
 class State(NamedTuple):
@@ -30,6 +29,16 @@ class State(NamedTuple):
     """exp_avg and exp_avg_sq, each by parameter; both empty before the first applied step."""
     facts: dict[str, Any]
     """At least `adam_steps`, which Adam's bias correction counts."""
+
+
+def checkpoint_bytes(n_parameters: int, zero_stage: int | None = None, dtype: str = "fp32") -> int:
+    """What a checkpoint of these files takes: weights and both moments in fp32.
+
+    Under DeepSpeed, whose ZeRO stage is given, its own shards lie beside them: the same again, and at stages 1 and 2
+    the module's weights too, in its own `dtype`.
+    """
+    shards = 0 if zero_stage is None else 12 + (0 if zero_stage in (0, 3) else 4 if dtype == "fp32" else 2)
+    return n_parameters * (12 + shards)
 
 
 def write_state(folder: Path, module: GPT, state: State) -> None:

@@ -1,9 +1,10 @@
 """The exported chat template, through transformers: what it asks a model is what we trained it on.
 
-test_prompts.py compares the strings of every kind of conversation. Here are the ids, from a folder as a run exports it.
+First the strings of every kind of conversation, then the ids, from a folder as a run exports it.
 """
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -17,25 +18,7 @@ from minigpt.model.gpt2 import GPT, GPTConfig
 from minigpt.training.checkpoint import export
 
 TOKENIZER = Tokenizer.tiny()
-PIECES = [
-    "Name",
-    " the",
-    "capital",
-    "s",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    "\t",
-    ".",
-    ":",
-    "é",
-    "日本",
-    "😀",
-    "{x}",
-    "'s",
-    "123",
-]
+PIECES = ["Name", " the", "capital", "s", " ", "  ", "\n", "\n\n", "\t", *".:é", "日本", "😀", "{x}", "'s", "123"]
 EDGES = [*"Aé日😀.:'{7", " ", "\n", "\t", "\n a", "###", "Human:"]  # what beginnings and ends might merge with
 
 
@@ -66,12 +49,66 @@ def said(draw: random.Random) -> str:
     return draw.choice(EDGES) + "".join(draw.choices(PIECES, k=draw.randint(0, 8))) + draw.choice(EDGES)
 
 
+def text_of(template: Template, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    return "".join(segment.text for segment in template.render(messages, add_generation_prompt))
+
+
 def ours(template: Template, messages: list[dict[str, str]]) -> list[int]:
     return list(encode_segments(template.render(messages, add_generation_prompt=True), TOKENIZER).ids)
 
 
 def theirs(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+# ---- the same strings
+
+AWKWARD = [
+    "",
+    " \n blanks around \t\n ",
+    "'single' \"double\" \\back\\slash\\n \\u0041 ''' ~",
+    "{{ jinja }} {% if x %} {# no #} {%- endif -%} }} %} {content} {0} {}",
+    "tabs\tand\r\nline\rends\x85\u2028",
+    "é 日本 😀 \0 <|endoftext|>",
+]
+
+
+def awkward_conversations() -> list[list[dict[str, str]]]:
+    found = []
+    for content in AWKWARD:
+        user, answer = {"role": "user", "content": content}, {"role": "assistant", "content": content}
+        given, system = {**user, "input": content}, {"role": "system", "content": content}
+        empty = {**user, "input": ""}
+        for first, turns in product(
+            ([], [system]),
+            ([user], [given], [empty, answer, given], [given, answer, user], [given, answer, user, answer, given]),
+        ):
+            found += [[*first, *turns], [*first, *turns, answer]]
+        found += [[{"role": "text", "content": content}], [system]]
+    return found
+
+
+def awkward_templates() -> dict[str, Template]:
+    found = {name: get_template(name) for name in TEMPLATES}
+    for words in ("'quoted' \"twice\" \\", "{{ x }} {% y %} {content} {0}", "é\n\r\n\r \\n ", "-}} %}"):
+        found[f"hugchat of {words}"] = get_template("hugchat", human=words, assistant=words)
+        found[f"alpaca of {words}"] = get_template("alpaca", instruction=words, input=words, output=words)
+    braces = dict.fromkeys(("user", "answer", "system", "separator", "preamble"), "{{{human}}} '\\ }}{{ {content}")
+    return found | {"braces": replace(get_template("hugchat"), **braces)}
+
+
+@pytest.mark.parametrize("name", awkward_templates())
+def test_chat_template_says_the_same(name, judge):
+    template = awkward_templates()[name]
+    tokenizer = judge(template)
+    for messages, add_generation_prompt in product(awkward_conversations(), (False, True)):
+        if add_generation_prompt and messages[-1]["role"] not in ("user", "text"):
+            continue
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        assert rendered == text_of(template, messages, add_generation_prompt)
+
+
+# ---- the same ids
 
 
 @pytest.mark.parametrize("name", templates())
@@ -94,7 +131,7 @@ def test_a_dialogue_is_asked_in_the_same_text(name, judge):
     for _ in range(20):
         messages = [{"role": ("user", "assistant")[n % 2], "content": said(draw)} for n in range(5)]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        assert text == "".join(segment.text for segment in template.render(messages, add_generation_prompt=True))
+        assert text == text_of(template, messages)
         assert theirs(tokenizer, messages).count(tokenizer.eos_token_id) == 2
         assert tokenizer.decode(theirs(tokenizer, messages)) == text
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minigpt.data.inspect import show_example, show_examples
+from minigpt.data.inspect import mark_example, show_examples
 from minigpt.data.prompts import get_template
 from minigpt.data.tokenizer import Tokenizer
 
@@ -18,7 +18,7 @@ ANSWER_LENGTH = len(TOKENIZER.encode("Paris.")) + 1
 
 
 def show(messages, max_seq_length=1000, **options) -> str:
-    return show_example(messages, IO, TOKENIZER, max_seq_length, **options)
+    return mark_example(messages, IO, TOKENIZER, max_seq_length, **options)
 
 
 def test_brackets_and_colors():
@@ -71,7 +71,7 @@ def test_color_on_a_terminal_unless_no_color_is_set(monkeypatch, terminal, no_co
     assert show([QUESTION, ANSWER]) == show([QUESTION, ANSWER], color=colored)
 
 
-def test_the_first_examples_of_files(tmp_path, capsys):
+def test_the_first_examples_of_files(tmp_path, capsys, monkeypatch):
     rows = [{"instruction": "Name it.", "output": "Paris."}, {"a": 1}, {"text": ""}, {"text": "Once"}, {"text": "Two"}]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -82,3 +82,6 @@ def test_the_first_examples_of_files(tmp_path, capsys):
         f"---- {path}:3: dropped: no supervised token within 1000 positions\n\n"
         f"---- {path}:4: {once} tokens, {once} supervised, 0 cut\n[Once{END}]\n"
     )
+    monkeypatch.setenv("RANK", "1")  # under a launcher every rank printed them
+    show_examples([str(path)], 3, IO, TOKENIZER, 1000)
+    assert capsys.readouterr().out == ""

@@ -1,14 +1,15 @@
-"""Every template's exact strings, trigger words, and the jinja that says the same to transformers."""
+"""Every template's exact strings, trigger words, and the file that travels with a model.
+
+The jinja that says the same to transformers: test_chat_template.py.
+"""
 
 import doctest
 import json
 import random
 from dataclasses import replace
-from itertools import product
 
 import jinja2
 import pytest
-from transformers import AutoTokenizer
 
 from minigpt import files
 from minigpt.data import prompts
@@ -270,6 +271,14 @@ def test_a_model_without_a_template_is_asked_as_alpaca(tmp_path):
     assert template_of(tmp_path) == "alpaca"
 
 
+def test_a_model_of_raw_text_is_asked_in_its_own_and_tuned_as_alpaca(tmp_path):
+    get_template("none").save_pretrained(tmp_path)
+    assert template_of(tmp_path) == tmp_path / "prompt_template.json"
+    assert template_of(tmp_path, to_tune=True) == "alpaca"
+    get_template("io").save_pretrained(tmp_path)
+    assert template_of(tmp_path, to_tune=True) == tmp_path / "prompt_template.json"
+
+
 def test_a_written_template_needs_three_keys(tmp_path):
     (tmp_path / "prompt_template.json").write_text(
         '{"name": "qa", "user": "Q {content} A ", "user_with_input": "{context} {{}}"}'
@@ -326,60 +335,7 @@ def test_no_such_template(tmp_path, monkeypatch):
         assert str(caught.value) == f"no template '{folder}'; {names}"
 
 
-# ---- transformers as the judge of the jinja
-
-AWKWARD = [
-    "",
-    " \n blanks around \t\n ",
-    "'single' \"double\" \\back\\slash\\n \\u0041 ''' ~",
-    "{{ jinja }} {% if x %} {# no #} {%- endif -%} }} %} {content} {0} {}",
-    "tabs\tand\r\nline\rends\x85\u2028",
-    "é 日本 😀 \0 <|endoftext|>",
-]
-
-
-def awkward_conversations() -> list[list[dict[str, str]]]:
-    found = []
-    for content in AWKWARD:
-        user, answer = {"role": "user", "content": content}, {"role": "assistant", "content": content}
-        given, system = {**user, "input": content}, {"role": "system", "content": content}
-        empty = {**user, "input": ""}
-        for first, turns in product(
-            ([], [system]),
-            ([user], [given], [empty, answer, given], [given, answer, user], [given, answer, user, answer, given]),
-        ):
-            found += [[*first, *turns], [*first, *turns, answer]]
-        found += [[{"role": "text", "content": content}], [system]]
-    return found
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    Tokenizer.tiny().save_pretrained(folder)
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    return folder
-
-
-def awkward_templates() -> dict[str, Template]:
-    found = {name: get_template(name) for name in TEMPLATES}
-    for words in ("'quoted' \"twice\" \\", "{{ x }} {% y %} {content} {0}", "é\n\r\n\r \\n ", "-}} %}"):
-        found[f"hugchat of {words}"] = get_template("hugchat", human=words, assistant=words)
-        found[f"alpaca of {words}"] = get_template("alpaca", instruction=words, input=words, output=words)
-    braces = dict.fromkeys(("user", "answer", "system", "separator", "preamble"), "{{{human}}} '\\ }}{{ {content}")
-    return found | {"braces": replace(get_template("hugchat"), **braces)}
-
-
-@pytest.mark.parametrize("name", awkward_templates())
-def test_chat_template_says_the_same(name, tokenizer_folder):
-    template = awkward_templates()[name]
-    template.save_pretrained(tokenizer_folder)
-    judge = AutoTokenizer.from_pretrained(tokenizer_folder)
-    for messages, add_generation_prompt in product(awkward_conversations(), (False, True)):
-        if add_generation_prompt and messages[-1]["role"] not in ("user", "text"):
-            continue
-        rendered = judge.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        assert rendered == text_of(template.render(messages, add_generation_prompt))
+# ---- what people write
 
 
 def test_an_input_of_none_is_no_input():

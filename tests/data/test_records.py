@@ -35,6 +35,16 @@ FORMATS = {
         ],
         [PARIS, HELLO, HELLO, HELLO],
     ),
+    "databricks-dolly": (
+        [
+            {"instruction": "Name the capital.", "context": "France", "response": "Paris.", "category": "closed_qa"},
+            {"instruction": "Hi.", "context": "", "response": "Hello.", "category": "open_qa"},
+            {"instruction": "Hi.", "response": "Hello."},
+            {"instruction": "Name the capital.", "input": "France", "response": "Paris."},
+            {"instruction": "Hi.", "output": "Hello.", "context": "not Alpaca's", "response": "not Alpaca's"},
+        ],
+        [PARIS, HELLO, HELLO, PARIS, HELLO],
+    ),
     "text2text": ({"type": "text2text", "instances": [{"input": "Hi.", "output": "Hello."}]}, [HELLO]),
     "text_only": ({"type": "text_only", "instances": [{"text": "One."}, {"text": ""}]}, [text("One."), text("")]),
     "text": (
@@ -181,6 +191,22 @@ def test_source_names_file_and_line_and_is_not_compared(tmp_path):
     assert first == second == Conversation(text("a"))
 
 
+def test_sources_tell_the_records_of_one_line_apart(tmp_path):
+    """json.dump writes an array without line ends: all its records stood at FILE:1, in errors and in curated data."""
+    path = tmp_path / "data.json"
+    path.write_text('[{"text": "a"}, {"text": "b"},\n {"text": "c"}, {"text": "d"}, 5]')
+    places, bad = ["1", "1, record 2", "2", "2, record 2"], []
+    records = list(read_records(path, skip_bad_records=1, bad_records=bad))
+    assert [record.source for record in records] == [f"{path}:{place}" for place in places]
+    assert bad[0].startswith(f"{path}:2, record 3: the record is a number (5)")
+
+    (tmp_path / "dataset.jsonl").write_text('{"type": "text_only", "instances": [{"text": "a"}, {"text": "b"}]}\n')
+    (tmp_path / "tasks.json").write_text(json.dumps([FORMATS["seed tasks"][0]] * 2))  # a record of two conversations
+    sources = [record.source.removeprefix(f"{tmp_path}/") for record in read_records(tmp_path, skip_bad_records=1)][4:]
+    tasks = ["tasks.json:1"] * 2 + ["tasks.json:1, record 2"] * 2
+    assert sources == ["dataset.jsonl:1", "dataset.jsonl:1, record 2", *tasks]
+
+
 @pytest.mark.parametrize(
     "blank", ["", " \n", "<noinput>", "<nooutput>", "<No input>", "Noinput", "[no_input]", "no input."]
 )
@@ -227,6 +253,7 @@ BAD_RECORDS = [
     ),
     ({"instruction": 3, "output": "Hello."}, '"instruction" is a number (3), expected a string'),
     ({"instruction": "Hi.", "output": None}, '"output" is null, expected a string'),
+    ({"instruction": "Hi.", "context": 1, "response": "Hello."}, '"context" is a number (1), expected a string'),
     (
         {"instruction": "Hi.", "input": ["x" * 50], "output": ""},
         f'"input" is an array (["{"x" * 35}...), expected a string',
@@ -282,7 +309,7 @@ def test_bad_records_are_tolerated_up_to_a_number_over_all_files(tmp_path):
     (tmp_path / "b.json").write_text('[{"text": "good"}, 3,\n {"text": 4}]')
     bad = [
         f"{tmp_path}/a.jsonl:2: the line ends in the middle of a record (column 1): a record must stand on one line",
-        f"{tmp_path}/b.json:1: the record is a number (3), expected an object with {FORMAT_LIST}",
+        f"{tmp_path}/b.json:1, record 2: the record is a number (3), expected an object with {FORMAT_LIST}",
         f'{tmp_path}/b.json:2: "text" is a number (4), expected a string',
     ]
     found: list[str] = []

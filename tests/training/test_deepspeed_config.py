@@ -1,50 +1,20 @@
-"""A DeepSpeed JSON beside the flags: who sets what, what is said, what is refused."""
+"""A DeepSpeed JSON as DeepSpeed gets it: completed, promoted, and without what would act behind the loop's back.
+
+Beside the flags: test_deepspeed_file.py. Its optimizer and scheduler: test_deepspeed_optimizer.py.
+"""
 
 import json
-import math
 import subprocess
 import sys
-from copy import copy
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 from minigpt.arguments import TrainConfig
-from minigpt.config import parse
-from minigpt.training.deepspeed_config import HARMLESS, REFUSED, ZERO1_FP16, deepspeed_config
+from minigpt.training.deepspeed_config import HARMLESS, REFUSED, deepspeed_config
+from minigpt.training.deepspeed_file import ZERO1_FP16
 
 READY_MADE = Path(__file__).parents[2] / "configs" / "deepspeed"
-
-
-@cache
-def parsed(flags):
-    return parse(TrainConfig, ["--deepspeed", "x.json", *flags.split()])
-
-
-@pytest.fixture
-def complete(tmp_path, monkeypatch):
-    """The complete dictionary for a JSON (a dict, or its text) and a line of flags, and the configuration after."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(content, flags="", world_size=1, device="cuda"):
-        text = content if isinstance(content, str) else json.dumps(content)
-        Path("x.json").write_text(text)
-        config = copy(parsed(flags))
-        return deepspeed_config(config, 64, world_size, device), config
-
-    return run
-
-
-@pytest.fixture
-def refusal(complete):
-    def run(content, flags="", world_size=1):
-        with pytest.raises(ValueError) as error:
-            complete(content, flags, world_size)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    return run
 
 
 def autos(value):
@@ -169,147 +139,6 @@ def test_deepspeed_accepts_the_ready_made_files(path, device, monkeypatch):
 def test_the_ready_made_files_are_the_six_of_the_readme():
     names = ["zero1_bf16", "zero1_fp16", "zero2_bf16", "zero2_fp16", "zero3_fp16", "zero3_offload"]
     assert sorted(path.stem for path in READY_MADE.glob("*.json")) == names
-
-
-# ---- the file against the flags
-
-
-AGREEMENTS = [
-    ({"train_micro_batch_size_per_gpu": 4}, "per_device_train_batch_size", 4, "8"),
-    ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps", 4, "1"),
-    ({"gradient_clipping": 2}, "max_grad_norm", 2.0, "1.0"),
-    ({"gradient_clipping": 0}, "max_grad_norm", math.inf, "1.0"),
-    ({"optimizer": {"type": "adam", "params": {"lr": 0.5}}}, "learning_rate", 0.5, "5e-05"),
-    ({"optimizer": {"type": "AdamW", "params": {"eps": 0.5}}}, "adam_epsilon", 0.5, "1e-08"),
-    ({"optimizer": {"type": "AdamW", "params": {"weight_decay": 0}}}, "weight_decay", 0.0, "0.1"),
-    ({"optimizer": {"type": "AdamW", "params": {"betas": [0.5, "auto"]}}}, "adam_beta1", 0.5, "0.9"),
-    ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.999]}}}, "adam_beta2", 0.999, "0.95"),
-    ({"scheduler": {"type": "WarmupDecayLR"}}, "lr_scheduler_type", "linear", "cosine"),
-    ({"scheduler": {"type": "WarmupLR"}}, "lr_scheduler_type", "constant", "cosine"),
-    ({"scheduler": {"type": "WarmupCosineLR", "params": {"cos_min_ratio": 0.5}}}, "min_lr_ratio", 0.5, "0.0"),
-    ({"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 5, "warmup_type": "linear"}}},
-     "warmup_steps", 5, "0"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("content", "name", "value", "default"), AGREEMENTS, ids=lambda case: str(case)[:60])
-def test_the_file_beats_a_default_aloud_and_a_flag_not(complete, refusal, capsys, content, name, value, default):
-    config = complete(content)[1]
-    assert getattr(config, name) == value
-    assert type(getattr(config, name)) is type(getattr(TrainConfig(), name))
-    assert config == TrainConfig(deepspeed="x.json", **{name: value})  # and nothing else changed
-    line = capsys.readouterr().out
-    assert line.startswith("x.json: ")
-    assert line.endswith(f" (--{name} {value} instead of the default {default})\n")
-
-    again = deepspeed_config(config, 64, 1, "cuda")  # already agreed
-    assert capsys.readouterr().out == ""
-    assert complete(content, f"--{name} {value}")[0] == again
-    assert capsys.readouterr().out == ""
-
-    message = refusal(content, f"--{name} {default}")  # the default's value, but set by the user
-    assert message.startswith("x.json: ")
-    assert message.endswith(f' contradicts --{name} {default} (drop one of them, or write "auto")')
-
-
-def test_no_clipping_is_inf_as_a_flag_and_0_to_deepspeed(complete):
-    assert complete({"gradient_clipping": 0})[0]["gradient_clipping"] == 0.0
-    assert complete({"gradient_clipping": 0}, "--max_grad_norm inf")[0]["gradient_clipping"] == 0.0
-    assert complete({}, "--max_grad_norm inf")[0]["gradient_clipping"] == 0.0
-
-
-def test_the_lines_in_full(complete, refusal, capsys):
-    complete({"train_micro_batch_size_per_gpu": 4, "fp16": {"enabled": True}, "zero_optimization": {"stage": 2}})
-    assert capsys.readouterr().out.splitlines() == [
-        "x.json: fp16.enabled true (--fp16 instead of the default off)",
-        "x.json: train_micro_batch_size_per_gpu 4 (--per_device_train_batch_size 4 instead of the default 8)",
-    ]
-    assert refusal({"optimizer": {"type": "AdamW", "params": {"lr": 2e-5}}}, "--learning_rate 1e-4") == (
-        'x.json: optimizer.params.lr 2e-05 contradicts --learning_rate 0.0001 (drop one of them, or write "auto")'
-    )
-
-
-def test_yaml_counts_as_set_by_the_user(tmp_path):
-    (tmp_path / "x.json").write_text('{"gradient_clipping": 2}')
-    (tmp_path / "run.yaml").write_text(f"max_grad_norm: 1.0\ndeepspeed: {tmp_path / 'x.json'}\n")
-    with pytest.raises(ValueError, match="gradient_clipping 2 contradicts --max_grad_norm 1.0"):
-        deepspeed_config(parse(TrainConfig, ["--config", str(tmp_path / "run.yaml")]), 64, 1, "cpu")
-
-
-def test_a_configuration_built_in_python_has_set_what_is_no_default(tmp_path):
-    (tmp_path / "x.json").write_text('{"gradient_clipping": 2}')
-    config = TrainConfig(deepspeed=str(tmp_path / "x.json"))
-    deepspeed_config(config, 64, 1, "cpu")
-    assert config.max_grad_norm == 2.0
-    with pytest.raises(ValueError, match="gradient_clipping 2 contradicts --max_grad_norm 0.5"):
-        deepspeed_config(TrainConfig(deepspeed=config.deepspeed, max_grad_norm=0.5), 64, 1, "cpu")
-
-
-def test_two_keys_of_the_file_must_agree(complete, refusal):
-    def both(peak):
-        return {
-            "optimizer": {"type": "AdamW", "params": {"lr": 0.001}},
-            "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": peak}},
-        }
-
-    assert complete(both(0.001))[1].learning_rate == 0.001
-    assert refusal(both(0.002)) == "x.json: scheduler.params.warmup_max_lr 0.002 contradicts optimizer.params.lr 0.001"
-    default = {**both(0.002), "optimizer": {"type": "AdamW", "params": {"lr": 5e-5}}}  # a default, but stated
-    assert refusal(default).endswith("contradicts optimizer.params.lr 5e-05")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"gradient_clipping": "1.0"}, 'gradient_clipping: expected a number, got "1.0"'),
-        ({"gradient_clipping": True}, "gradient_clipping: expected a number, got true"),
-        ({"gradient_clipping": -1}, "gradient_clipping -1: --max_grad_norm must be above 0, got -1.0"),
-        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps: expected a whole number, got 1.5"),
-        ({"gradient_accumulation_steps": math.inf},
-         "gradient_accumulation_steps: expected a whole number, got Infinity"),
-        ({"gradient_accumulation_steps": 0},
-         "gradient_accumulation_steps 0: --gradient_accumulation_steps must be at least 1, got 0"),
-        ({"train_batch_size": "8"}, 'train_batch_size: expected a number, got "8"'),
-        ({"fp16": {"enabled": 1}}, "fp16.enabled: expected true or false, got 1"),
-        ({"fp16": True}, "fp16: expected an object, got true"),
-        ({"data_types": "fp32", "bf16": {"enabled": True}}, 'data_types: expected an object, got "fp32"'),
-        ({"zero_optimization": 2}, "zero_optimization: expected an object, got 2"),
-        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: expected 0, 1, 2 or 3, got 4"),
-        ({"zero_optimization": {"stage": "2"}}, 'zero_optimization.stage: expected a number, got "2"'),
-        ({"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}},
-         "optimizer.params.betas: expected two numbers, got 0.9"),
-        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, "x"]}}},
-         'optimizer.params.betas: expected a number, got "x"'),
-        ({"gradient_cliping": 1.0}, "unknown key gradient_cliping (did you mean gradient_clipping?)"),
-        ({"zero_optimisation": {}}, "unknown key zero_optimisation (did you mean zero_optimization?)"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_wrong_values_are_named(refusal, content, message):
-    assert refusal(content) == f"x.json: {message}"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{\n"fp16": {\n"enabled": tr', "x.json: not JSON, comments allowed: "),
-        ("[]", "x.json: expected a JSON object"),
-    ],
-)
-def test_what_is_not_json_is_named(refusal, text, message):
-    assert refusal(text).startswith(message)
-
-
-def test_comments_and_last_commas_are_allowed_as_deepspeed_allows_them(tmp_path):
-    (tmp_path / "x.json").write_text('{\n// of ours\n"zero_optimization": {"stage": 2,},  # two\n}')
-    config = TrainConfig(deepspeed=str(tmp_path / "x.json"))
-    assert deepspeed_config(config, 64, 1, "cpu")["zero_optimization"]["stage"] == 2
-
-
-def test_a_missing_file_is_named():
-    with pytest.raises(FileNotFoundError) as error:
-        deepspeed_config(TrainConfig(deepspeed="no/such.json"), 64, 1, "cpu")
-    assert str(error.value) == "--deepspeed no/such.json: no such file (ready-made ones lie in configs/deepspeed)"
 
 
 # ---- batch sizes
@@ -456,129 +285,6 @@ def test_communication_overlaps_only_on_cuda(complete, zero, device, overlap):
 )
 def test_an_offloaded_optimizer_may_be_pytorchs(complete, content, forced):
     assert complete(content)[0].get("zero_force_ds_cpu_optimizer") is forced
-
-
-# ---- optimizer and scheduler
-
-
-def test_the_optimizer_section_is_completed(complete):
-    optimizer = {"type": "Adam", "params": {"torch_adam": True, "adam_w_mode": True, "betas": ["auto", 0.999]}}
-    assert complete({"optimizer": optimizer})[0]["optimizer"] == {
-        "type": "Adam",
-        "params": {
-            "torch_adam": True,
-            "adam_w_mode": True,
-            "lr": 5e-5,
-            "betas": [0.9, 0.999],
-            "eps": 1e-8,
-            "weight_decay": 0.1,
-        },
-    }
-    assert "optimizer" not in complete({"optimizer": "auto"})[0]
-    assert complete({"optimizer": {"type": "ADAMW"}})[0]["optimizer"]["params"]["lr"] == 5e-5
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "message"),
-    [
-        *(({"type": kind}, f'optimizer.type "{kind}" is not possible here: AdamW is what checkpoints hold')
-          for kind in ("Lamb", "OneBitAdam", "Lion", "Muon", "SGD")),
-        ({"params": {"lr": 1}}, "optimizer.type null is not possible here: AdamW is what checkpoints hold"),
-        ({"type": "Adam", "params": {"adam_w_mode": False}},
-         "optimizer.params.adam_w_mode false is not AdamW as it is trained here (write true, or take it out)"),
-        ({"type": "Adam", "params": {"amsgrad": True}},
-         "optimizer.params.amsgrad true is not AdamW as it is trained here (write false, or take it out)"),
-        ({"type": "Adam", "params": {"bias_correction": False}},
-         "optimizer.params.bias_correction false is not AdamW as it is trained here (write true, or take it out)"),
-        ({"type": "Adam", "params": {"max_grad_norm": 1}},
-         "optimizer.params.max_grad_norm is not known here (gradient_clipping does that)"),
-        ({"type": "Adam", "params": {"freeze_step": 1}},
-         "optimizer.params.freeze_step is not known here (take it out)"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_other_optimizers_are_refused_by_name(refusal, optimizer, message):
-    assert refusal({"optimizer": optimizer}) == f"x.json: {message}"
-
-
-def test_a_scheduler_becomes_flags(complete):
-    params = {"warmup_min_lr": 0, "warmup_max_lr": 3e-4, "warmup_num_steps": 10, "warmup_type": "linear",
-              "total_num_steps": 100}  # fmt: skip
-    whole, config = complete({"scheduler": {"type": "WarmupDecayLR", "params": params}}, "--max_steps 100")
-    assert "scheduler" not in whole
-    assert config == TrainConfig(
-        deepspeed="x.json", max_steps=100, learning_rate=3e-4, warmup_steps=10, lr_scheduler_type="linear"
-    )
-
-
-def test_the_rates_are_those_of_deepspeeds_scheduler(complete, monkeypatch):
-    """The loop's rates against DeepSpeed's own schedulers, the warmup and the cosine one step ahead of theirs."""
-    import torch
-
-    from minigpt.training.optim import learning_rate
-
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    theirs = pytest.importorskip("deepspeed.runtime.lr_schedules", reason="DeepSpeed is on Linux only")
-    for kind, ahead in (("WarmupLR", 0), ("WarmupDecayLR", 0), ("WarmupCosineLR", 1)):
-        params = {"warmup_num_steps": 4, "warmup_type": "linear"}
-        if kind != "WarmupLR":
-            params["total_num_steps"] = 20
-        if kind == "WarmupCosineLR":
-            params["cos_min_ratio"] = 0.25
-        else:
-            params["warmup_max_lr"] = 0.5
-        flags = "--learning_rate 0.5 --max_steps 20"
-        config = complete({"scheduler": {"type": kind, "params": params}}, flags)[1]
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-        scheduler = getattr(theirs, kind)(optimizer, **params)
-        rates = []
-        for _ in range(20):
-            scheduler.step()
-            rates.append(scheduler.get_last_lr()[0])
-        ours = [learning_rate(step, 20, config) for step in range(21)]
-        assert ours[:3] == pytest.approx(rates[1:4])
-        assert ours[4 + ahead : 20 + ahead] == pytest.approx(rates[4:20])
-
-
-@pytest.mark.parametrize("steps", [{}, {"warmup_num_steps": "auto"}, {"warmup_num_steps": 0}])
-def test_a_warmup_that_the_flags_set_is_a_line(complete, steps):
-    flags = "" if steps.get("warmup_num_steps") == 0 else "--warmup_steps 7"
-    config = complete({"scheduler": {"type": "WarmupLR", "params": steps}}, flags)[1]
-    assert config.warmup_steps == (7 if flags else 0)
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "flags", "message"),
-    [
-        *(({"type": kind}, "",
-           f'scheduler.type "{kind}" has no counterpart here (WarmupLR, WarmupDecayLR, WarmupCosineLR have;'
-           " or take the section out and set --lr_scheduler_type and --warmup_steps)")
-          for kind in ("OneCycle", "LRRangeTest", "warmuplr")),
-        ({"params": {"warmup_num_steps": 1}}, "", "scheduler.type null has no counterpart"),
-        ({"type": "WarmupLR", "params": {"warmup_num_steps": 10}}, "",
-         'scheduler.params.warmup_type is log, and the warmup here is a line: write "linear"'),
-        ({"type": "WarmupLR", "params": {"warmup_type": "log"}}, "--warmup_steps 10",
-         'scheduler.params.warmup_type is log, and the warmup here is a line: write "linear"'),
-        ({"type": "WarmupCosineLR", "params": {"warmup_num_steps": 10}}, "", "scheduler.params.warmup_type is log, "),
-        ({"type": "WarmupLR", "params": {"warmup_min_lr": 1e-6}}, "",
-         "scheduler.params.warmup_min_lr 1e-06: the warmup begins at 0 here (write 0)"),
-        ({"type": "WarmupCosineLR", "params": {"warmup_min_ratio": 0.1}}, "",
-         "scheduler.params.warmup_min_ratio 0.1: the warmup begins at 0 here (write 0)"),
-        ({"type": "WarmupCosineLR", "params": {"warmup_max_lr": 0.1}}, "",
-         "scheduler.params.warmup_max_lr is not known of WarmupCosineLR (take it out)"),
-        ({"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}, "",
-         'scheduler.params.total_num_steps 9 contradicts --max_steps (unset) (write "auto", or make them equal)'),
-        ({"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}, "--max_steps 8",
-         'scheduler.params.total_num_steps 9 contradicts --max_steps 8 (write "auto", or make them equal)'),
-        ({"type": "WarmupDecayLR"}, "--lr_scheduler_type cosine",
-         'scheduler.type "WarmupDecayLR" contradicts --lr_scheduler_type cosine '),
-        ({"type": "WarmupDecayLR"}, "--min_lr_ratio 0.1",
-         'scheduler.type "WarmupDecayLR" contradicts --min_lr_ratio 0.1 '),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_scheduler_that_is_not_ours_is_refused_by_name(refusal, scheduler, flags, message):
-    assert refusal({"scheduler": scheduler}, flags).startswith(f"x.json: {message}")
 
 
 # ---- what would act behind the loop's back

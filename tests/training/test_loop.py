@@ -272,3 +272,5 @@ def test_a_step_that_breaks_the_weights_is_not_the_best(tmp_path):
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(ValueError, match="the training data is empty"):
         run([])
+    with pytest.raises(ValueError, match="the replay data is empty: give more of it"):
+        train(TrainConfig(), make_engine(tiny_model(), TrainConfig()), examples(2), replay_data=[])
