@@ -10,48 +10,16 @@ minigpt/inference/terminal.py (the commands), or minigpt/inference/serve/ (the s
 """
 
 import gc
-import os
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
 
-from minigpt.arguments import ModelArguments, PromptArguments, check_range, require
+from minigpt.arguments import ModelArguments, PromptArguments, SamplingArguments, ServeArguments, require
 from minigpt.config import run
 from minigpt.distributed import pick_device
-from minigpt.inference.terminal import SamplingArguments, Terminal
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-@dataclass
-class ServeArguments:
-    """A server instead of the terminal: OpenAI's API, and a page to chat (needs the extra serve)."""
-
-    serve: bool = False
-    """Serve until Ctrl-C or SIGTERM. The settings of sampling are for requests that give none."""
-    host: str = "127.0.0.1"
-    """Address to listen on. Any but the loopback interface's needs api_key."""
-    port: int = 8000
-    """Port to listen on; 0 is any that is free."""
-    api_key: str | None = None
-    """What clients have to send as their key. Unset: MINIGPT_API_KEY of the environment, where other users cannot read
-    it; without either there is none."""
-    max_batch_size: int = 8
-    """Answers that run together; the cache for so many is kept."""
-    max_queue: int = 64
-    """Answers that may wait for a place; further requests are sent away with status 429."""
-
-    def __post_init__(self) -> None:
-        check_range(self, "at least 1", lambda x: x >= 1, "max_batch_size")
-        check_range(self, "at least 0", lambda x: x >= 0, "max_queue")
-        check_range(self, "between 0 and 65535", lambda x: 0 <= x < 65536, "port")
-        if self.serve:
-            self.api_key = self.api_key or os.environ.get("MINIGPT_API_KEY")
-            if self.host not in LOOPBACK and not self.api_key:
-                raise ValueError(f"--host {self.host} lets other machines in: it needs --api_key or MINIGPT_API_KEY")
-            if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
-                raise ValueError("--api_key must be of printable ASCII characters, because it travels in a header")
+from minigpt.inference.terminal import Terminal
 
 
 @dataclass
@@ -68,16 +36,14 @@ class ChatConfig(SamplingArguments, ModelArguments, PromptArguments, ServeArgume
     """End an answer at its first blank line, for models that were trained without an end-of-text token."""
     bf16: bool = False
     """Weights in bfloat16: half the memory, faster where it is built in. The cost in perplexity is shown."""
-    quantize: str | None = None
-    """int8: weights in 8 bits, a quarter of the memory and the fastest on a CPU. The cost in perplexity is shown."""
+    quantize: Literal["int8"] | None = None
+    """Weights in 8 bits: a quarter of the memory and the fastest on a CPU. The cost in perplexity is shown."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ServeArguments.__post_init__(self)
         if self.serve and self.prompt is not None:
             raise ValueError("--serve and --prompt are two ways to ask: give one")
-        if self.quantize not in (None, "int8"):
-            raise ValueError(f"--quantize must be int8, got {self.quantize!r}")
         if self.quantize and self.bf16:
             raise ValueError("--quantize int8 computes in bf16 already: leave --bf16 out")
         if self.input and not self.prompt:
@@ -117,40 +83,28 @@ def main(config: ChatConfig) -> None:
 
     sampling = SamplingArguments(**{field.name: getattr(config, field.name) for field in fields(SamplingArguments)})
     if config.serve:
-        _serve(config, name, load, sampling)
+        try:
+            from minigpt.inference.serve.answer import Asker
+            from minigpt.inference.serve.run import Server
+        except ModuleNotFoundError as error:
+            raise ImportError(f"--serve needs {error.name} (pip install -c constraints.txt -e '.[serve]')") from None
+        asker = Asker(*load(name, config.revision), asdict(sampling), config.system)
+        public_name = Path(name).name if Path(name).is_absolute() else name  # clients need not know where it lies
+        server = Server(asker, public_name, config)
+        print(f"{name}: template {asker.template.name}; Ctrl-C ends", file=sys.stderr)
+        print(f"{server.url} is the page, {server.url}/v1 OpenAI's API", file=sys.stderr, flush=True)
+        server.run()
         return
     chat = Chat(*load(name, config.revision), config.system, **asdict(sampling))
     terminal = Terminal(chat, sampling, load)
     if config.prompt is not None:
         terminal.show(chat.ask(config.prompt, config.input))
         return
-    help = ", /help lists the commands" if terminal.interactive else ""
-    print(f"{name}: template {chat.template.name}; an empty line ends{help}", file=sys.stderr)
+    hint = ", /help lists the commands" if terminal.interactive else ""
+    print(f"{name}: template {chat.template.name}; an empty line ends{hint}", file=sys.stderr)
     terminal.run()
     if terminal.failed and not terminal.interactive:
         sys.exit(1)
-
-
-def _serve(config: ChatConfig, name: str, load: Callable, sampling: SamplingArguments) -> None:
-    try:
-        from minigpt.inference.serve.answer import Asker
-        from minigpt.inference.serve.run import Server
-    except ModuleNotFoundError as error:
-        raise ImportError(f"--serve needs {error.name} (pip install -c constraints.txt -e '.[serve]')") from None
-
-    model, tokenizer, template = load(name, config.revision)
-    server = Server(
-        Asker(model, tokenizer, template, asdict(sampling), config.system),
-        os.path.basename(name) if os.path.isabs(name) else name,  # clients need not know where it lies
-        host=config.host,
-        port=config.port,
-        api_key=config.api_key,
-        max_batch_size=config.max_batch_size,
-        max_queue=config.max_queue,
-    )
-    print(f"{name}: template {template.name}; Ctrl-C ends", file=sys.stderr)
-    print(f"{server.url} is the page, {server.url}/v1 OpenAI's API", file=sys.stderr, flush=True)
-    server.run()
 
 
 if __name__ == "__main__":

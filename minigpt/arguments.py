@@ -4,9 +4,12 @@ The docstring under a field is its help text; `minigpt.config` turns all of it i
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # names under which a machine reaches itself, and nobody else it
 
 
 @dataclass
@@ -62,6 +65,62 @@ class PromptArguments:
         """The changed trigger words, as `get_template` takes them."""
         names = ("instruction", "input", "output", "human", "assistant")
         return {name: getattr(self, f"trigger_{name}") for name in names}
+
+
+@dataclass
+class SamplingArguments:
+    """How answers are drawn."""
+
+    max_new_tokens: int = 256
+    """Longest answer in tokens; never more than half of the model's context."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; more is livelier."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens only; 0 is all."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens that together reach this probability."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that were there before become less likely."""
+    seed: int | None = None
+    """Fixes the draws."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "at least 1", lambda x: x >= 1, "max_new_tokens")
+        check_range(self, "at least 0 and finite", lambda x: 0 <= x < math.inf, "temperature")
+        check_range(self, "at least 0", lambda x: x >= 0, "top_k")
+        check_range(self, "above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
+        check_range(self, "above 0 and finite", lambda x: 0 < x < math.inf, "repetition_penalty")
+        check_range(self, "at least 0 and below 2^63", lambda x: 0 <= x < 2**63, "seed")
+
+
+@dataclass
+class ServeArguments:
+    """A server instead of the terminal: OpenAI's API, and a page to chat (needs the extra serve)."""
+
+    serve: bool = False
+    """Serve until Ctrl-C or SIGTERM. The settings of sampling are for requests that give none."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but the loopback interface's needs api_key."""
+    port: int = 8000
+    """Port to listen on; 0 is any that is free."""
+    api_key: str | None = None
+    """What clients have to send as their key. Unset: MINIGPT_API_KEY of the environment, where other users cannot read
+    it; without either there is none."""
+    max_batch_size: int = 8
+    """Answers that run together; the cache for so many is kept."""
+    max_queue: int = 64
+    """Answers that may wait for a place; further requests are sent away with status 429."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "at least 1", lambda x: x >= 1, "max_batch_size")
+        check_range(self, "at least 0", lambda x: x >= 0, "max_queue")
+        check_range(self, "between 0 and 65535", lambda x: 0 <= x < 65536, "port")
+        if self.serve:
+            self.api_key = self.api_key or os.environ.get("MINIGPT_API_KEY")
+            if self.host not in LOOPBACK and not self.api_key:
+                raise ValueError(f"--host {self.host} lets other machines in: it needs --api_key or MINIGPT_API_KEY")
+            if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+                raise ValueError("--api_key must be of printable ASCII characters, because it travels in a header")
 
 
 @dataclass

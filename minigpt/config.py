@@ -48,7 +48,6 @@ def run(main: Callable[[T], None], config_class: type[T]) -> None:
     Exit codes: 0 done, 1 `main` failed, 2 the command line or the YAML file is wrong, 75 asked to end, and saved,
     130 Ctrl-C.
     """
-    debug = "--debug" in sys.argv[1:]  # not from the configuration: it counts for errors in that as well
     code: int | str | None = 2
     try:
         try:
@@ -67,10 +66,10 @@ def run(main: Callable[[T], None], config_class: type[T]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
-        if debug:
+        if debugging():
             raise
         where = "" if is_main() else f"rank {rank()}: "
-        print(f"{where}error: {_in_one_line(error)}", file=sys.stderr)
+        print(f"{where}error: {in_one_line(error)}", file=sys.stderr)
     if world_size() > 1 and not isinstance(code, str):
         # Threads of torch's process groups live on in a rank that is done. One that wakes up while the interpreter is
         # taken down aborts the process, after all is done: one ZeRO-3 run in fifty ended so.
@@ -78,6 +77,23 @@ def run(main: Callable[[T], None], config_class: type[T]) -> None:
         os._exit(code or 0)
     if code is not None:
         sys.exit(code)
+
+
+def debugging() -> bool:
+    """Whether errors are to show their traceback. No field says so: it counts for errors in the fields as well."""
+    return "--debug" in sys.argv[1:]
+
+
+def in_one_line(error: Exception) -> str:
+    """An error as the user reads it: what a refusal says, and of any other the type, too."""
+    message = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        message = f"{error.filename}: {error.strerror}"
+    if isinstance(error, RuntimeError) and ("gloo" in message or "NCCL" in message):
+        return "another rank is gone; what it said, if anything, says why (--resume auto goes on from a checkpoint)"
+    if message and isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, OtherRankFailed)):
+        return message
+    return f"{type(error).__name__}: {message or 'no message'} (--debug shows the traceback)"
 
 
 def parse(config_class: type[T], argv: Sequence[str] | None = None) -> T:
@@ -315,14 +331,3 @@ def _shown(field: dataclasses.Field) -> str:
     if isinstance(value, list):
         value = " ".join(map(str, value))
     return "unset" if value in (None, "") else str(value)
-
-
-def _in_one_line(error: Exception) -> str:
-    message = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        message = f"{error.filename}: {error.strerror}"
-    if isinstance(error, RuntimeError) and ("gloo" in message or "NCCL" in message):
-        return "another rank is gone; what it said, if anything, says why (--resume auto goes on from a checkpoint)"
-    if message and isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, OtherRankFailed)):
-        return message
-    return f"{type(error).__name__}: {message or 'no message'} (--debug shows the traceback)"

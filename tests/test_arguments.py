@@ -2,7 +2,7 @@
 
 import pytest
 
-from minigpt.arguments import PromptArguments, TrainConfig, require
+from minigpt.arguments import PromptArguments, SamplingArguments, TrainConfig, require
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,22 @@ def test_values_out_of_range_are_refused(changes, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": float("inf")}, "--temperature must be at least 0 and finite, got inf"),
+        ({"repetition_penalty": float("inf")}, "--repetition_penalty must be above 0 and finite, got inf"),
+    ],
+)
+def test_what_no_model_can_draw_by_is_refused_at_the_start(changes, message):
+    """A server took it, and failed at every request."""
+    with pytest.raises(ValueError) as error:
+        SamplingArguments(**changes)
+    assert str(error.value) == message
+
+
 def test_edges_of_the_ranges_are_in():
+    SamplingArguments(max_new_tokens=1, temperature=0, top_p=1, seed=0)
     TrainConfig(weight_decay=0, warmup_steps=0, seed=0, adam_beta1=0, min_lr_ratio=0, dropout=0, max_steps=1)
     TrainConfig(min_lr_ratio=1, max_grad_norm=float("inf"), max_steps=None, dropout=None)
 

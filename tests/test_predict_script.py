@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from .inference.scripted import serve
-from .inference.test_compare import page_data
+from .inference.predictions_page import page_data
+from .scripted_endpoint import serve
 from .workplace import Workplace
 
 

@@ -17,7 +17,7 @@ from http.client import HTTPException
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -66,6 +66,7 @@ def post_json(
     *,
     timeout: float = 120.0,
     attempts: int = 6,
+    first: bool = False,
     sleep: Callable[[float], object] = time.sleep,
 ) -> dict[str, Any]:
     """Sends an object, and returns the object that comes back.
@@ -78,6 +79,7 @@ def post_json(
         key: sent as `Authorization: Bearer KEY`; never shown in an error.
         timeout: seconds without a byte.
         attempts: in all.
+        first: nothing has come from there before: where nobody can be reached, there is no other attempt.
         sleep: waits so many seconds between two of them.
 
     Raises:
@@ -117,6 +119,8 @@ def post_json(
             problem, status = f"no answer ({str(reason) or type(reason).__name__})", None
             if isinstance(reason, TimeoutError):
                 problem = f"no answer within {timeout:g} s"
+            if first and attempt == 0 and isinstance(error, URLError):
+                raise ApiError(f"{url}: {problem}") from None
         if attempt + 1 < attempts:
             sleep(pause)
     raise ApiError(f"{url}: {problem} ({attempts} attempts)", status)

@@ -12,6 +12,7 @@ from minigpt.data.prompts import Message, Template
 from minigpt.data.records import read_records
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.files import whole_file, writing_to
+from minigpt.inference.answer_text import AnswerText
 from minigpt.inference.sampling import stream
 from minigpt.model.gpt2 import GPT
 
@@ -132,22 +133,24 @@ class Chat:
         return self._pieces(messages, prompt.ids, counted)
 
     def _pieces(self, messages: list[Message], prompt: list[int], counted: Answer) -> Iterator[str]:
-        continues = self.template.name == "none"
         settings = {**self.sampling, "max_new_tokens": self.room}
         if settings.get("seed") is not None:
             settings["seed"] += self._attempt
         stop, eot_id = self.template.stop_strings(), self.tokenizer.eot_id
         ids = stream(self.model, prompt, eos_id=eot_id, stop=stop, tokenizer=self.tokenizer, **settings)
+        text = AnswerText(self.tokenizer, stop, trim_start=self.template.name != "none", trim_end=True)
         answer = ""
         try:
-            for piece in until_stop(text_pieces(_counting(ids, counted), self.tokenizer), stop):
-                piece = piece if answer or continues else piece.lstrip()
-                answer += piece
-                if piece:
+            for id in _counting(ids, counted):
+                if piece := text.feed(id):
+                    answer += piece
                     yield piece
+            if piece := text.end():
+                answer += piece
+                yield piece
         except (GeneratorExit, KeyboardInterrupt):
             if answer:
-                self.messages = [*messages, {"role": "assistant", "content": answer.rstrip()}]
+                self.messages = [*messages, {"role": "assistant", "content": answer}]
             raise
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
@@ -266,41 +269,3 @@ def load_messages(path: str) -> tuple[list[Message], bool]:
     if first is None or first.messages[0]["role"] == "text":
         raise ValueError(f"{first.source if first else path}: no conversation, expected messages")
     return list(first.messages), next(conversations, None) is not None
-
-
-def text_pieces(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Ids as text, as far as whole characters are there; end-of-text, and bytes that are no character, are not shown.
-
-    >>> list(text_pieces([*tokenizer.encode("日本"), tokenizer.eot_id], tokenizer))
-    ['日', '本']
-    """
-    decoder = tokenizer.stream_decoder()
-    for id in ids:
-        if id != tokenizer.eot_id and (piece := decoder.feed(id).replace("\ufffd", "")):
-            yield piece
-
-
-def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The text up to a stop string or to trailing blanks: what might be the beginning of either waits.
-
-    >>> list(until_stop(["Yes", ". ", "\\n", "##", " No", "##", "#"], ["###"]))
-    ['Yes', '.', ' \\n## No']
-    """
-    held = ""
-    for piece in pieces:
-        held += piece
-        ends = [held.index(stop) for stop in stops if stop in held]
-        if ends:
-            held = held[: min(ends)]
-            break
-        safe = len(held.rstrip())
-        for stop in stops:
-            for size in range(min(len(stop) - 1, len(held)), 0, -1):
-                if held.endswith(stop[:size]):
-                    safe = min(safe, len(held[: len(held) - size].rstrip()))
-                    break
-        if safe:
-            yield held[:safe]
-            held = held[safe:]
-    if rest := held.rstrip():
-        yield rest

@@ -56,10 +56,11 @@ def for_generation(model: GPT, quantize: str | None = None) -> GPT:
     linear = Int8Linear if quantize else PackedLinear
     with torch.device("meta"), SkipInit():
         fast = GPT(model.config).eval()
-    for name, parameter in fast.named_parameters():
-        if not name.startswith("h."):
-            own = nn.Parameter(model.get_parameter(name).detach().to(dtype), requires_grad=False)
-            setattr(fast.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], own)
+    unpacked = ("wpe", "ln_f") if quantize else ("wte", "wpe", "ln_f")
+    for name in unpacked:
+        for key, parameter in model.get_submodule(name).named_parameters():
+            own = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+            setattr(fast.get_submodule(name), key, own)
     fast.h = nn.ModuleList(FastBlock(block, linear, dtype) for block in model.h)  # type: ignore[arg-type]
     fast.lm_head = linear(weight, None)
     if isinstance(fast.lm_head, Int8Linear):

@@ -89,44 +89,54 @@ def mark_answers(requests: Sequence[str], judge: Judge, file: Path) -> Marks:
         ValueError: a line of the file is none of ours.
     """
     replies = read_replies(file, judge.model)
-    settings: dict[str, Any] = {"temperature": 0}
-
-    def ask(request: str) -> tuple[str, bool]:
-        """The reply, and whether it is one, and not a refusal of this very answer."""
-        messages = [{"role": "user", "content": request}]
-        try:
-            try:
-                answer = post_json(judge.url, {"model": judge.model, "messages": messages, **settings}, judge.key)
-            except ApiError as error:
-                if error.status != 400 or "temperature" not in str(error):
-                    raise
-                settings.clear()  # some models have one temperature, and take no other
-                answer = post_json(judge.url, {"model": judge.model, "messages": messages}, judge.key)
-        except ApiError as error:
-            if error.status not in REFUSED:
-                raise
-            return str(error), False
-        return _content(answer), True
-
     missing = [request for request in dict.fromkeys(requests) if request not in replies]
+    settings: dict[str, Any] = {"temperature": 0}
+    first = True  # until an answer has come
+
+    def ask(request: str) -> str | None:
+        """The reply; None where the judge refuses this very answer."""
+        nonlocal first
+        body = {"model": judge.model, "messages": [{"role": "user", "content": request}], **settings}
+        try:
+            answer = post_json(judge.url, body, judge.key, first=first)
+        except ApiError as error:
+            if error.status == 400 and "temperature" in str(error) and "temperature" in body:
+                settings.clear()  # some models have one temperature, and take no other
+                return ask(request)
+            if error.status in REFUSED:
+                return None
+            raise
+        first = False
+        return _content(answer)
+
     file.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(file, "a", encoding="utf-8") as lines,
         progress_bar(len(missing), "mark", f"asking {judge.model}") as bar,
     ):
         try:
-            for request, (reply, is_one) in side_by_side(ask, missing):
-                replies[request] = reply if is_one else ""
-                if is_one:
+            for request, reply in side_by_side(ask, missing):
+                replies[request] = reply or ""
+                if reply is not None:
                     line = {"judge": judge.model, "mark": read_mark(reply), "reply": reply, "request": request}
                     lines.write(json.dumps(line, ensure_ascii=False) + "\n")
                     lines.flush()
                 bar.update(1)
         except ApiError as error:
-            raise ApiError(
-                f"{error}; what was marked is kept in {file}: the same command goes on", error.status
-            ) from None
+            kept = f"what was marked is kept in {file}: the same command goes on"
+            raise ApiError(f"{error}{_advice(error, judge)}; {kept}", error.status) from None
     return Marks(judge.model, [read_mark(replies[request]) for request in requests])
+
+
+def _advice(error: ApiError, judge: Judge) -> str:
+    """What can be done about it, in brackets; nothing where waiting is all."""
+    if error.status in (401, 403):
+        return f" (the key is OPENAI_API_KEY of the environment, which is {'set' if judge.key else 'not set'})"
+    if error.status == 404:
+        return f" (no model {judge.model!r} there, or no such path: --judge_model, --judge_api_base)"
+    if error.status is None:
+        return f" (is --judge_api_base {judge.api_base} right, and does the server run?)"
+    return ""
 
 
 def request_for(prompt: Sequence[Message], reference: str, prediction: str) -> str:

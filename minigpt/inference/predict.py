@@ -1,7 +1,6 @@
 """Answers for a whole dataset, and how good they are: `sft.py --predict`, and the samples at an evaluation."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,10 +58,8 @@ def predict(
     *,
     max_new_tokens: int,
     batch_size: int,
-    temperature: float = 0.0,
-    seed: int | None = None,
 ) -> list[Prediction]:
-    """Answers the last user message of each conversation, in the order given.
+    """Answers the last user message of each conversation greedily, in the order given.
 
     Args:
         conversations: each ends with the assistant's message that is the reference.
@@ -78,17 +75,14 @@ def predict(
     if not conversations:
         return []
     room = model.config.n_positions - max_new_tokens
-    prompts = [_prompt(number, found, template, tokenizer, room) for number, found in enumerate(conversations)]
+    prompts = [_prompt(number, found, template, tokenizer, room) for number, found in enumerate(conversations, 1)]
     longest = max(map(len, prompts)) + max_new_tokens
     rows = min(batch_size, len(prompts))
     decoder = Decoder(model, max_rows=rows, max_length=longest, tokenizer=tokenizer)
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, eos_id=tokenizer.eot_id, stop=template.stop_strings()
-    )
-    places = {}  # by the decoder's key. Those alike in length are read together, the longest first: they take most room
-    for place in sorted(range(len(prompts)), key=lambda place: -len(prompts[place])):
-        own = None if seed is None else seed + place
-        places[decoder.add(prompts[place], replace(sampling, seed=own))] = place
+    sampling = Sampling(max_new_tokens=max_new_tokens, eos_id=tokenizer.eot_id, stop=template.stop_strings())
+    # Those alike in length are read together, the longest first: they take most room.
+    longest_first = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    places = {decoder.add(prompts[place], sampling): place for place in longest_first}  # by the decoder's key
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     new: list[list[int]] = [[] for _ in prompts]
@@ -129,6 +123,17 @@ def _prompt(number: int, conversation: Conversation, template: Template, tokeniz
     if not ids:
         raise ValueError(f"{source}: the question is empty")
     return ids
+
+
+def score(predictions: Sequence[Prediction]) -> Scores:
+    """The means."""
+    count = max(1, len(predictions))
+    return Scores(
+        answers=len(predictions),
+        exact_match=sum(p.exact_match for p in predictions) / count,
+        rouge_l=sum(p.rouge_l for p in predictions) / count,
+        stop_rate=sum(p.stopped for p in predictions) / count,
+    )
 
 
 def predict_file(
@@ -220,17 +225,6 @@ def show_answers(
         for name, part in {**shown, "answer": answer}.items():
             text = tokenizer.decode(part)
             say(f"  {index + 1} {name:9} {'' if len(text) <= 100 else '... '}{text[-100:]!r}")
-
-
-def score(predictions: Sequence[Prediction]) -> Scores:
-    """The means."""
-    count = max(1, len(predictions))
-    return Scores(
-        answers=len(predictions),
-        exact_match=sum(p.exact_match for p in predictions) / count,
-        rouge_l=sum(p.rouge_l for p in predictions) / count,
-        stop_rate=sum(p.stopped for p in predictions) / count,
-    )
 
 
 def show_text(model: GPT, tokenizer: Tokenizer, data: Blocks | None, length: int, seed: int) -> None:

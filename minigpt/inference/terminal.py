@@ -6,46 +6,22 @@ Answers go to standard output and all else to standard error, so that a script m
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-from minigpt.arguments import check_range
-from minigpt.config import _in_one_line, convert
+from minigpt.arguments import SamplingArguments
+from minigpt.config import convert, debugging, in_one_line
 
 if TYPE_CHECKING:  # they bring torch, and --help need not wait for it
     from minigpt.inference.chat import Chat
 
 BLOCK = '"""'
 _CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
-
-
-@dataclass
-class SamplingArguments:
-    """How answers are drawn."""
-
-    max_new_tokens: int = 256
-    """Longest answer in tokens; never more than half of the model's context."""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time; more is livelier."""
-    top_k: int = 0
-    """Draw from the k likeliest tokens only; 0 is all."""
-    top_p: float = 1.0
-    """Draw from the fewest likeliest tokens that together reach this probability."""
-    repetition_penalty: float = 1.0
-    """Above 1: tokens that were there before become less likely."""
-    seed: int | None = None
-    """Fixes the draws."""
-
-    def __post_init__(self) -> None:
-        check_range(self, "at least 1", lambda x: x >= 1, "max_new_tokens")
-        check_range(self, "at least 0", lambda x: x >= 0, "temperature", "top_k")
-        check_range(self, "above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
-        check_range(self, "above 0", lambda x: x > 0, "repetition_penalty")
-        check_range(self, "at least 0 and below 2^63", lambda x: 0 <= x < 2**63, "seed")
 
 
 class Terminal:
@@ -98,7 +74,7 @@ class Terminal:
             raise
         except Exception as error:
             self.failed = True
-            tell(f"error: {_in_one_line(error)}")
+            tell(traceback.format_exc().rstrip() if debugging() else f"error: {in_one_line(error)}")
 
     def obey(self, line: str) -> None:
         """Carries out a command, or asks."""

@@ -245,10 +245,8 @@ class GPT(nn.Module):
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B,T) -> (B,T,C)
         recompute = self.gradient_checkpointing and self.training and cache is None
         for block in self.h:
-            if recompute:  # with early stop, the default: without it ZeRO-3 releases weights that backward is reading
-                x = checkpoint(block, x, cache, mask, use_reentrant=False)
-            else:
-                x = block(x, cache, mask)
+            # Early stop is the default, and needed: without it ZeRO-3 releases weights that backward is reading.
+            x = checkpoint(block, x, cache, mask, use_reentrant=False) if recompute else block(x, cache, mask)
         x = self.ln_f(x)
         if targets is not None:
             return linear_cross_entropy(x, self.wte.weight, targets)

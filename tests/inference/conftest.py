@@ -1,12 +1,22 @@
 """What the tests of inference share."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from minigpt.arguments import TrainConfig
+from minigpt.data.dataset import encode_example
+from minigpt.data.prompts import get_template
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.inference.chat import Chat
 from minigpt.model.gpt2 import GPT, GPTConfig
+from minigpt.training.engine import make_engine
+from minigpt.training.loop import train
+
+from .by_heart import CONVERSATIONS, TEMPLATE
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +44,84 @@ def speaker(tokenizer: Tokenizer) -> Callable[..., GPT]:
         return model
 
     return speak
+
+
+@pytest.fixture(scope="session")
+def learnt(tokenizer: Tokenizer) -> GPT:
+    """Overfit on by_heart.py's rows. Were end-of-text masked because it is also the padding, it would never stop."""
+    torch.manual_seed(0)
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0)
+    model = GPT(GPTConfig(tokenizer.vocab_size, n_positions=64, n_embd=128, n_layer=2, n_head=2, **dropouts))
+    data = [encode_example(conversation, TEMPLATE, tokenizer, 64) for conversation in CONVERSATIONS]
+    settings = TrainConfig(learning_rate=5e-3, warmup_steps=3, max_steps=80)
+    train(settings, make_engine(model, settings), data)
+    return model.eval()
+
+
+@pytest.fixture
+def asked():
+    """A random model, and a list of the prompts that it reads."""
+    prompts = []
+
+    def make(tokenizer, context=128):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(tokenizer.vocab_size, n_positions=context, n_embd=16, n_layer=1, n_head=1)).eval()
+        model.register_forward_pre_hook(
+            lambda _, args: prompts.append(args[0][0].tolist()) if len(args[0][0]) > 1 else None
+        )
+        return model, prompts
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def talkers(tmp_path_factory, tokenizer: Tokenizer) -> Path:
+    """A folder with two models that were never trained.
+
+    `brief` says at each position a word of that position, and end-of-text at every twelfth, so its answers show how
+    long the prompt was; `endless` says words without end.
+    """
+    folder = tmp_path_factory.mktemp("talkers")
+    words = [id for id in range(tokenizer.vocab_size - 1) if re.fullmatch(r" [a-z]{4,}", tokenizer.decode([id]))]
+    for name, context, period in (("brief", 256, 12), ("endless", 8192, 9999)):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(tokenizer.vocab_size, n_positions=context, n_embd=128, n_layer=0, n_head=1)).eval()
+        script = [words[i % len(words)] if (i + 1) % period else tokenizer.eot_id for i in range(context)]
+        with torch.no_grad():
+            model.wte.weight.normal_()
+            model.wpe.weight.copy_(1000 * model.wte.weight[script])
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name, context)
+        get_template("hugchat").save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def twin(talkers: Path) -> Chat:
+    """A chat with `brief` in this process, which says what the one in a process of its own has to say."""
+    model = GPT.from_pretrained(talkers / "brief")
+    return Chat(model, Tokenizer.tiny(), get_template("hugchat"), max_new_tokens=256)
+
+
+@pytest.fixture(scope="session")
+def served_model() -> GPT:
+    from .served import make_model
+
+    return make_model(context=256)
+
+
+@pytest.fixture(scope="module")
+def server(served_model: GPT) -> Iterator:
+    """A server that has nothing but a module's tests to do."""
+    from .served import serving
+
+    with serving(served_model) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def slow_model() -> GPT:
+    """Twenty milliseconds a step: time enough to leave, to wait and to be turned away."""
+    from .served import make_model
+
+    return make_model(context=256, step_s=0.02)

@@ -1,12 +1,16 @@
-"""A server in a thread of the test's process, on a port of its own."""
+"""A server in a thread of the test's process, on a port of its own; and how it is asked."""
 
+import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
+import httpx
 import torch
 
+from minigpt.arguments import SamplingArguments, ServeArguments
 from minigpt.data.prompts import get_template
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.serve.answer import Asker
@@ -14,6 +18,7 @@ from minigpt.inference.serve.run import Server
 from minigpt.model.gpt2 import GPT, GPTConfig
 
 NAME = "tiny"
+CHAT = "/v1/chat/completions"
 
 
 def make_model(context: int = 256, step_s: float = 0.0) -> GPT:
@@ -32,10 +37,9 @@ def make_model(context: int = 256, step_s: float = 0.0) -> GPT:
 @contextmanager
 def serving(model: GPT, template: str = "alpaca", **settings) -> Iterator[Server]:
     """A server while the block runs; then it is asked to end, and has ended."""
-    sampling = {"max_new_tokens": 20, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    asker = Asker(model, Tokenizer.tiny(), get_template(template), {**sampling, "seed": None})
-    settings = {"host": "127.0.0.1", "port": 0, "api_key": None, "max_batch_size": 4, "max_queue": 64, **settings}
-    server = Server(asker, NAME, **settings)
+    sampling = asdict(SamplingArguments(max_new_tokens=20))
+    asker = Asker(model, Tokenizer.tiny(), get_template(template), sampling)
+    server = Server(asker, NAME, ServeArguments(**{"port": 0, "max_batch_size": 4, **settings}))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -53,3 +57,20 @@ def wait_for(condition, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.01)
+
+
+def ask(content: str = "Hi", **more: object) -> dict:
+    """A request's body."""
+    return {"messages": [{"role": "user", "content": content}], **more}
+
+
+def post(server: Server, body: dict, path: str = CHAT, **more: object) -> httpx.Response:
+    return httpx.post(server.url + path, json=body, timeout=30, **more)
+
+
+def events(lines: Iterable[str]) -> list[dict]:
+    """The objects of server-sent events, up to [DONE]; a stream that was ended otherwise has an error as its last."""
+    data = [line.removeprefix("data: ") for line in lines if line]
+    assert all(one == "[DONE]" or one.startswith("{") for one in data)
+    assert data[-1] == "[DONE]" or "error" in json.loads(data[-1])
+    return [json.loads(one) for one in data if one != "[DONE]"]

@@ -15,10 +15,10 @@ import pytest
 from minigpt.inference.api import ApiError, api_url, post_json, side_by_side
 from minigpt.version import __version__
 
-from .scripted import Reply, Scripted, in_turn, serve
+from ..scripted_endpoint import Endpoint, Reply, in_turn, serve
 
 
-def ask(script, key: str | None = None, **settings) -> tuple[dict, list[float], Scripted]:
+def ask(script, key: str | None = None, **settings) -> tuple[dict, list[float], Endpoint]:
     """The answer, the pauses, and what the server saw."""
     pauses: list[float] = []
     with serve(script) as server:
@@ -107,6 +107,22 @@ def test_nobody_there():
         url = f"http://127.0.0.1:{free.getsockname()[1]}/x"
     with pytest.raises(ApiError, match=r"no answer \(.*[Cc]onnection refused\) \(2 attempts\)"):
         post_json(url, {}, attempts=2, sleep=lambda _: None)
+
+
+def test_at_a_new_address_nobody_is_waited_for():
+    """But who is there, and busy, or hangs up, is asked again."""
+
+    def no_pause(seconds: float) -> None:
+        raise AssertionError(f"it waits for {seconds} s")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/x"
+    with pytest.raises(ApiError, match=r"no answer \(.*[Cc]onnection refused\)$"):
+        post_json(url, {}, first=True, sleep=no_pause)
+    for passing in (503, hang_up):
+        answer, pauses, _ = ask(in_turn(passing, passing, {"b": 1}), first=True)
+        assert (answer, len(pauses)) == ({"b": 1}, 2)
 
 
 def test_pauses_double_and_have_an_end():

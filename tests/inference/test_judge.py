@@ -2,14 +2,16 @@
 
 import doctest
 import json
+import socket
+from functools import partial
 
 import pytest
 
 from minigpt.inference import judge as judging
-from minigpt.inference.api import ApiError
+from minigpt.inference.api import ApiError, post_json
 from minigpt.inference.judge import Judge, Marks, mark_answers, read_mark, request_for
 
-from .scripted import Scripted, serve
+from ..scripted_endpoint import Endpoint, serve
 
 REPLIES = {
     "85": 85,
@@ -92,7 +94,7 @@ def number_of(body: dict) -> int:
     return int(body["messages"][0]["content"].split()[1])
 
 
-def judge_at(server: Scripted, model: str = "j-1") -> Judge:
+def judge_at(server: Endpoint, model: str = "j-1") -> Judge:
     return Judge(server.url, model, "sk-1")
 
 
@@ -138,7 +140,7 @@ def test_nonsense_is_counted_and_ends_nothing(tmp_path):
 
 def test_a_killed_judging_goes_on_and_asks_nothing_twice(tmp_path):
     file = tmp_path / "j.jsonl"
-    message = f"HTTP 401: Unauthorized; what was marked is kept in {file}: the same command goes on"
+    message = f"HTTP 401: Unauthorized .*; what was marked is kept in {file}: the same command goes on"
     with serve(lambda number, _: "70" if number < 3 else 401) as server, pytest.raises(ApiError, match=message):
         mark_answers(REQUESTS, judge_at(server), file)
     kept = [json.loads(line)["request"] for line in file.read_text().splitlines()]
@@ -154,6 +156,52 @@ def test_a_killed_judging_goes_on_and_asks_nothing_twice(tmp_path):
         assert mark_answers(REQUESTS, judge_at(server), file) == marks
         assert server.bodies == []
         assert mark_answers(REQUESTS, judge_at(server, "j-2"), file).each == [90] * 8  # another judge has its own
+
+
+def test_where_nobody_listens_a_judging_ends_at_once(tmp_path, monkeypatch):
+    """A wrong port was asked for 23 seconds, by four threads, and then said to have been refused."""
+
+    def no_pause(seconds: float) -> None:
+        raise AssertionError(f"it waits for {seconds} s")
+
+    monkeypatch.setattr(judging, "post_json", partial(post_json, sleep=no_pause))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        base = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(ApiError) as caught:
+        mark_answers(REQUESTS, Judge(base, "j-1"), tmp_path / "j.jsonl")
+    assert str(caught.value) == (
+        f"{base}/chat/completions: no answer ([Errno 111] Connection refused) "
+        f"(is --judge_api_base {base} right, and does the server run?); "
+        f"what was marked is kept in {tmp_path}/j.jsonl: the same command goes on"
+    )
+
+
+def test_a_judge_that_has_answered_is_waited_for(tmp_path, monkeypatch):
+    """It may be started anew while it marks: only before its first answer is an address taken for wrong."""
+    firsts = []
+
+    def post(*args, first: bool):
+        firsts.append(first)
+        return post_json(*args, first=first)
+
+    monkeypatch.setattr(judging, "post_json", post)
+    with serve(lambda *_: "85") as server:
+        mark_answers(REQUESTS, judge_at(server), tmp_path / "j.jsonl")
+    assert (firsts[0], firsts[-1]) == (True, False)
+
+
+WHY = {
+    401: "(the key is OPENAI_API_KEY of the environment, which is set)",
+    404: "(no model 'j-1' there, or no such path: --judge_model, --judge_api_base)",
+}
+
+
+@pytest.mark.parametrize("status", WHY)
+def test_a_refusal_names_the_fix(tmp_path, status):
+    with serve(lambda *_: status) as server, pytest.raises(ApiError) as caught:
+        mark_answers(REQUESTS, judge_at(server), tmp_path / "j.jsonl")
+    assert WHY[status] in str(caught.value)
 
 
 @pytest.mark.parametrize("line", ["[]", '{"judge": "j-1"}', "Once", '{"judge": "j-1", "request": [], "reply": ""}'])

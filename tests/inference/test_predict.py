@@ -1,73 +1,32 @@
 """Answers for a dataset and their scores, by a model that knows eight answers by heart."""
 
-import copy
 import json
 
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from minigpt.arguments import TrainConfig
-from minigpt.data.dataset import encode_example
 from minigpt.data.prompts import get_template
 from minigpt.data.records import Conversation
-from minigpt.data.store import Blocks, build_store, build_text_store
-from minigpt.data.tokenizer import Tokenizer
-from minigpt.distributed import rank
 from minigpt.inference import predict as predicting
 from minigpt.inference.api import ApiError
 from minigpt.inference.compare import read_run
 from minigpt.inference.fast import for_generation
 from minigpt.inference.judge import Judge
-from minigpt.inference.predict import Scores, predict, predict_file, score, show_answers, show_text
-from minigpt.inference.sampling import generate
+from minigpt.inference.predict import Scores, predict, predict_file, score
 from minigpt.model.gpt2 import GPT, GPTConfig
-from minigpt.training.engine import make_engine
-from minigpt.training.loop import train
 
-from ..ranks import on_ranks
-from .scripted import serve
-from .test_compare import page_data
-
-TEMPLATE = get_template("io")
-ROWS = [
-    ("Capital of France?", "", "The capital of France is Paris."),
-    ("Capital of Sweden?", "", "Stockholm."),
-    ("Plural of mouse?", "", "The plural of mouse is mice, as everybody knows who keeps them."),
-    ("Opposite.", "hot", "cold"),
-    ("Opposite.", "up", "down"),
-    ("Add.", "2 and 3", "2 + 3 = 5"),
-    ("Say something long about the sea, please, and be quick about it.", "", "It is wide."),
-    ("Spell it.", "cat", "c-a-t"),
-]
-ALPACA = [{"instruction": a, "input": b, "output": c} for a, b, c in ROWS]
-MESSAGES = [
-    [{"role": "user", "content": a, **({"input": b} if b else {})}, {"role": "assistant", "content": c}]
-    for a, b, c in ROWS
-]
-CONVERSATIONS = [Conversation(messages) for messages in MESSAGES]
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    """Overfit on the eight rows. Were the end-of-text masked because it is also the padding, it would never stop."""
-    torch.manual_seed(0)
-    config = GPTConfig(
-        tokenizer.vocab_size, n_positions=64, n_embd=128, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
-    data = [encode_example(conversation, TEMPLATE, tokenizer, 64) for conversation in CONVERSATIONS]
-    model = GPT(config)
-    settings = TrainConfig(learning_rate=5e-3, warmup_steps=3, max_steps=80)
-    train(settings, make_engine(model, settings), data)
-    return model.eval()
+from ..scripted_endpoint import serve
+from .by_heart import ALPACA, CONVERSATIONS, MESSAGES, ROWS, TEMPLATE
+from .predictions_page import page_data
 
 
 def answers(model, tokenizer, conversations=CONVERSATIONS, **settings):
     return predict(model, tokenizer, TEMPLATE, conversations, **{"max_new_tokens": 24, "batch_size": 3, **settings})
 
 
-def test_a_model_that_learnt_its_answers_gives_them_all_and_stops(model, tokenizer):
-    predictions = answers(model, tokenizer)
+def test_a_model_that_learnt_its_answers_gives_them_all_and_stops(learnt, tokenizer):
+    predictions = answers(learnt, tokenizer)
     assert [p.prediction for p in predictions] == [row[2] for row in ROWS]  # in the order of the data
     assert [p.prompt for p in predictions] == [messages[:-1] for messages in MESSAGES]
     assert all(p.stopped and p.exact_match and p.rouge_l == 1.0 for p in predictions)
@@ -75,16 +34,11 @@ def test_a_model_that_learnt_its_answers_gives_them_all_and_stops(model, tokeniz
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 100])
-def test_the_batch_size_changes_nothing(model, tokenizer, batch_size):
-    assert answers(model, tokenizer, batch_size=batch_size) == answers(model, tokenizer)
+def test_the_batch_size_changes_nothing(learnt, tokenizer, batch_size):
+    assert answers(learnt, tokenizer, batch_size=batch_size) == answers(learnt, tokenizer)
 
 
-def test_draws_belong_to_a_row_and_not_to_its_batch(model, tokenizer):
-    drawn = [answers(model, tokenizer, temperature=3.0, seed=1, batch_size=size) for size in (1, 8)]
-    assert drawn[0] == drawn[1] != answers(model, tokenizer, temperature=3.0, seed=2)
-
-
-def test_rouge_l_of_partly_right_answers(model, tokenizer):
+def test_rouge_l_of_partly_right_answers(learnt, tokenizer):
     references = [
         "The capital of Sweden is Paris.",
         "Oslo.",
@@ -99,7 +53,7 @@ def test_rouge_l_of_partly_right_answers(model, tokenizer):
         Conversation([messages[0], {"role": "assistant", "content": reference}])
         for messages, reference in zip(MESSAGES, references, strict=True)
     ]
-    found = answers(model, tokenizer, conversations)
+    found = answers(learnt, tokenizer, conversations)
     judge = RougeScorer(["rougeL"], use_stemmer=False)
     expected = [
         judge.score(reference, row[2])["rougeL"].fmeasure for reference, row in zip(references, ROWS, strict=True)
@@ -111,17 +65,17 @@ def test_rouge_l_of_partly_right_answers(model, tokenizer):
     assert score(found) == Scores(8, 1 / 8, sum(expected) / 8, 1.0)
 
 
-def test_an_answer_that_is_cut_has_not_stopped(model, tokenizer):
-    predictions = answers(model, tokenizer, max_new_tokens=3)
+def test_an_answer_that_is_cut_has_not_stopped(learnt, tokenizer):
+    predictions = answers(learnt, tokenizer, max_new_tokens=3)
     assert [p.stopped for p in predictions] == [len(tokenizer.encode(row[2])) < 3 for row in ROWS]
     assert 0 < score(predictions).stop_rate < 1
 
 
-def test_the_batch_stays_full(model, tokenizer):
+def test_the_batch_stays_full(learnt, tokenizer):
     """Each answer waited for the longest of its batch; now the next question takes its place."""
     calls = []
-    hook = model.register_forward_hook(lambda _, args, output: calls.append(len(args[0])))
-    answers(model, tokenizer, CONVERSATIONS * 4, batch_size=4)
+    hook = learnt.register_forward_hook(lambda _, args, output: calls.append(len(args[0])))
+    answers(learnt, tokenizer, CONVERSATIONS * 4, batch_size=4)
     hook.remove()
     tokens = [len(tokenizer.encode(row[2])) for row in ROWS]
     assert max(tokens) > 3 * min(tokens)
@@ -130,7 +84,7 @@ def test_the_batch_stays_full(model, tokenizer):
     assert len(fed) > 0.7 * sum(tokens + 1 for tokens in tokens)  # and nearly always beside three others
 
 
-def test_the_bar_counts_answers_as_they_end(model, tokenizer, monkeypatch):
+def test_the_bar_counts_answers_as_they_end(learnt, tokenizer, monkeypatch):
     class Bar:
         def __init__(self, total, unit, description):
             self.total, self.moved = total, []
@@ -146,25 +100,25 @@ def test_the_bar_counts_answers_as_they_end(model, tokenizer, monkeypatch):
 
     bars = []
     monkeypatch.setattr(predicting, "progress_bar", Bar)
-    answers(model, tokenizer, batch_size=8)
+    answers(learnt, tokenizer, batch_size=8)
     assert [(bar.total, bar.moved) for bar in bars] == [(8, [1] * 8)]
 
 
-def test_packed_weights_give_the_same_answers(model, tokenizer):
+def test_packed_weights_give_the_same_answers(learnt, tokenizer):
     """sft.py packs them: the logits differ in their last bits, the answers of a model that is sure do not."""
-    assert answers(for_generation(model), tokenizer) == answers(model, tokenizer)
+    assert answers(for_generation(learnt), tokenizer) == answers(learnt, tokenizer)
 
 
-def test_a_prompt_without_room_is_cut_as_in_chat(model, tokenizer):
+def test_a_prompt_without_room_is_cut_as_in_chat(learnt, tokenizer):
     long = [*MESSAGES[1] * 9, *MESSAGES[0]]  # more turns than the context holds
-    [prediction] = answers(model, tokenizer, [Conversation(long)], max_new_tokens=40)
+    [prediction] = answers(learnt, tokenizer, [Conversation(long)], max_new_tokens=40)
     assert prediction.prediction == ROWS[0][2]
     assert prediction.prompt == long[:-1]
     with pytest.raises(ValueError, match="leaves nothing of the model's context"):
-        answers(model, tokenizer, max_new_tokens=64)
+        answers(learnt, tokenizer, max_new_tokens=64)
 
 
-def test_what_cannot_be_asked_is_named_with_its_line(model, tokenizer):
+def test_what_cannot_be_asked_is_named_with_its_line(learnt, tokenizer):
     """A system text that fills the context stopped the answering of a whole dataset, and nobody knew which it was."""
     system = {"role": "system", "content": "Be brief and kind. " * 20}
     cases = [
@@ -175,21 +129,21 @@ def test_what_cannot_be_asked_is_named_with_its_line(model, tokenizer):
         ([MESSAGES[0][1], MESSAGES[0][1]], "turn 1 has the role 'assistant'"),
     ]
     for messages, message in cases:
-        for source, named in (("a.jsonl:7", "a.jsonl:7"), ("", "conversation 1")):
+        for source, named in (("a.jsonl:7", "a.jsonl:7"), ("", "conversation 2")):
             with pytest.raises(ValueError, match=f"^{named}: .*{message}"):
-                answers(model, tokenizer, [CONVERSATIONS[0], Conversation(messages, source)])
+                answers(learnt, tokenizer, [CONVERSATIONS[0], Conversation(messages, source)])
     with pytest.raises(ValueError, match="a.jsonl:7: the question is empty"):
         nothing = Conversation([{"role": "user", "content": ""}, MESSAGES[0][1]], "a.jsonl:7")
-        predict(model, tokenizer, get_template("none"), [nothing], max_new_tokens=8, batch_size=1)
-    assert answers(model, tokenizer, []) == []
+        predict(learnt, tokenizer, get_template("none"), [nothing], max_new_tokens=8, batch_size=1)
+    assert answers(learnt, tokenizer, []) == []
 
 
 # ---- files
 
 
 @pytest.fixture
-def write(model, tokenizer, tmp_path):
-    def write(rows, folder="out", model=model, name="a/model", **settings):
+def write(learnt, tokenizer, tmp_path):
+    def write(rows, folder="out", model=learnt, name="a/model", **settings):
         data = tmp_path / "data.json"
         data.write_text(json.dumps(rows), encoding="utf-8")
         return predict_file(
@@ -271,7 +225,7 @@ def test_two_models_on_one_page(write, other, tmp_path):
     assert [row["answers"][1]["prediction"] for row in data["rows"]] == [p["prediction"] for p in before.predictions]
 
 
-def test_answers_that_are_there_are_compared_without_being_given_anew(write, model, other, tmp_path, capsys):
+def test_answers_that_are_there_are_compared_without_being_given_anew(write, other, tmp_path, capsys):
     write(ALPACA, folder="before", model=other, name="b/model")
     write(ALPACA)
     written = (tmp_path / "out" / "predictions.jsonl").read_bytes()
@@ -334,84 +288,3 @@ def test_answers_outlive_a_judge_that_cannot_be_asked(write, tmp_path):
 
 def run_files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-# ---- samples at an evaluation
-
-
-def test_show_answers(model, tokenizer, tmp_path, capsys):
-    data = tmp_path / "data.json"
-    turns = [*MESSAGES[1], {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Nobody knows."}]
-    data.write_text(json.dumps([ALPACA[0], {"text": "a text has no question"}, {"messages": turns}, ALPACA[2]]))
-    store = build_store([str(data)], TEMPLATE, tokenizer, 64, cache_dir=tmp_path)
-    show_answers(model, 0, tokenizer, store, count=3, max_new_tokens=24)
-    shown = [
-        "  1 prompt    '### Instruction:\\nCapital of France?\\n\\n### Output:\\n'",
-        "  1 reference 'The capital of France is Paris.<|endoftext|>'",
-        "  1 answer    'The capital of France is Paris.<|endoftext|>'",
-        "  3 prompt    '### Instruction:\\nCapital of Sweden?\\n\\n### Output:\\n'",
-        "  3 reference 'Stockholm.<|endoftext|>'",  # of the first answer: that is the one the prompt asks for
-        "  3 answer    'Stockholm.<|endoftext|>'",
-    ]
-    assert capsys.readouterr().out.splitlines() == shown
-    show_answers(model, 10, tokenizer, store, count=3, max_new_tokens=24)  # the questions were shown before
-    assert capsys.readouterr().out.splitlines() == [shown[2], shown[5]]
-    show_answers(model, 0, tokenizer, None, count=3, max_new_tokens=24)
-    assert capsys.readouterr().out == ""
-
-
-def test_show_text(model, tokenizer, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("The capital of France is Paris. " * 5)
-    data = Blocks(build_text_store([str(tmp_path / "a.txt")], tokenizer, cache_dir=tmp_path), 32)
-    for length, seed in ((8, 1), (8, 1), (8, 2)):
-        show_text(model, tokenizer, data, length, seed)
-    first, again, other = capsys.readouterr().out.splitlines()
-    start = tokenizer.decode(tokenizer.encode("The capital of France is Paris. " * 5)[:8])
-    assert first.startswith(f"  sample    {start!r} ... ")
-    assert first == again != other
-    show_text(model, tokenizer, data, 0, seed=1)
-    show_text(model, tokenizer, None, 8, seed=1)
-    assert capsys.readouterr().out == ""
-
-
-def trained_beside_answers(folder, rows, stage: int) -> tuple[int, list[int]]:
-    """On every rank: two steps under ZeRO, with answers shown before, between and after. Rank 1 would stop at once."""
-    store = build_store([str(rows)], TEMPLATE, Tokenizer.tiny(), 64, cache_dir=folder / "cache")
-    tokenizer = copy.copy(Tokenizer.tiny())
-    config = TrainConfig(max_steps=2, eval_steps=1, per_device_train_batch_size=2, deepspeed=str(folder / "zero.json"))
-    torch.manual_seed(0)
-    engine = make_engine(GPT(GPTConfig(tokenizer.vocab_size, n_positions=64, n_embd=32, n_layer=2, n_head=2)), config)
-    rounds: list[int] = []
-
-    def show(module: GPT, step: int) -> None:
-        [first] = generate(module, [[1, 2, 3]], max_new_tokens=1)
-        tokenizer.eot_id = first[0] if rank() == 1 else Tokenizer.tiny().eot_id
-        calls = 0
-
-        def count(*_: object) -> None:
-            nonlocal calls
-            calls += 1
-
-        hook = module.h[0].register_forward_hook(count)
-        show_answers(module, step, tokenizer, store, count=2, max_new_tokens=6)
-        hook.remove()
-        rounds.append(calls)
-
-    try:
-        return train(config, engine, store, store, on_eval=show).steps, rounds
-    finally:
-        engine.close()
-
-
-@pytest.mark.parametrize("threshold", [0, 100_000], ids=["all weights in parts", "small weights whole"])
-def test_answers_under_zero_3_end_together_and_training_goes_on(tmp_path, threshold):
-    """A rank whose answer ended gathered no more weights, and the others waited for it for ever; and weights gathered
-    while answering were of no use to backward."""
-    rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps(ALPACA))
-    zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
-    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
-    found = on_ranks(2, trained_beside_answers, tmp_path, rows, 3)
-    assert found[0] == found[1]
-    assert found[0][0] == 2
-    assert len(set(found[0][1])) == 1

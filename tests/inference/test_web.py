@@ -1,20 +1,9 @@
-"""The page in a real browser: a headless Chromium, driven by the DevTools protocol over a pipe.
-
-The protocol: https://chromedevtools.github.io/devtools-protocol. Everything is done by keyboard.
-"""
+"""The page of the server in a real browser. Everything is done by keyboard."""
 
 # ruff: noqa: E402  # the extras may be absent
 
-# the extra may be absent
-
-import base64
 import json
-import os
 import re
-import select
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -23,119 +12,8 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from minigpt.inference.serve import run
 
+from ..browser import Browser
 from .served import make_model, serving, wait_for
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-KEYS = {"Enter": 13, "Tab": 9, "Escape": 27, "End": 35, "Backspace": 8}
-
-if CHROMIUM is None:
-    pytest.skip("no Chromium here: the page is not tested", allow_module_level=True)
-
-
-class Browser:
-    """One tab."""
-
-    def __init__(self, folder: Path):
-        to_read, self._write = os.pipe()
-        self._read, to_write = os.pipe()
-
-        def place_pipes() -> None:  # where --remote-debugging-pipe wants them
-            reading, writing = os.dup(to_read), os.dup(to_write)
-            os.dup2(reading, 3)
-            os.dup2(writing, 4)
-
-        self._process = subprocess.Popen(
-            [
-                *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-                *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-                *("--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={folder}/profile"),
-            ],
-            env={**os.environ, "HOME": str(folder)},
-            preexec_fn=place_pipes,
-            close_fds=False,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_read)
-        os.close(to_write)
-        self._buffer, self._id, self._session = b"", 0, None
-        self.errors: list[str] = []  # what the console complained of
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **params) -> dict:
-        """A command's answer; what the console says meanwhile is noted."""
-        self._id += 1
-        session = {"sessionId": self._session} if self._session else {}
-        message = {"id": self._id, "method": method, "params": params, **session}
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self._buffer:
-                assert select.select([self._read], [], [], 60)[0], f"no answer to {method}"
-                received = os.read(self._read, 1 << 16)
-                assert received, "the browser is gone"
-                self._buffer += received
-            message, self._buffer = self._buffer.split(b"\0", 1)
-            message = json.loads(message)
-            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
-                self.errors.append(json.dumps(message["params"]))
-            if message.get("method") == "Runtime.consoleAPICalled" and message["params"]["type"] == "error":
-                self.errors.append(json.dumps(message["params"]["args"]))
-            if message.get("id") == self._id:
-                assert "error" not in message, message["error"]
-                return message["result"]
-
-    def js(self, expression: str):
-        """The value of an expression, or of the promise that it is."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
-
-    def text(self, selector: str) -> str:
-        """What the last such element shows."""
-        return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].at(-1)?.innerText ?? ''")
-
-    def press(self, *names: str, shift: bool = False) -> None:
-        for name in names:
-            key = {"key": name, "code": name, "windowsVirtualKeyCode": KEYS[name], "modifiers": 8 * shift}
-            text = {"text": "\r"} if name == "Enter" else {}
-            self.call("Input.dispatchKeyEvent", type="keyDown", **key, **text)
-            self.call("Input.dispatchKeyEvent", type="keyUp", **key)
-
-    def type(self, text: str) -> None:
-        self.call("Input.insertText", text=text)
-
-    def tab_to(self, selector: str) -> None:
-        """Presses Tab until such an element has the focus."""
-        for _ in range(30):
-            if self.js(f"document.activeElement.matches({json.dumps(selector)})"):
-                return
-            self.press("Tab")
-        raise AssertionError(f"Tab never reaches {selector}")
-
-    def open(self, url: str, width: int = 1000, height: int = 800, focus: str = "question") -> None:
-        """Opens the page, and waits until it is ready and has its focus where it belongs."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Page.navigate", url=url)
-        ready = f"document.activeElement?.id === '{focus}' && document.readyState === 'complete'"
-        if focus == "question":
-            ready += " && document.getElementById('model').textContent !== ''"
-        wait_for(lambda: self.js(ready))
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
-
-    def prefer(self, scheme: str) -> None:
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-
-    def close(self) -> None:
-        self._session = None
-        self.call("Browser.close")
-        self._process.wait(timeout=20)
-        os.close(self._read)
-        os.close(self._write)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +32,13 @@ def page(browser):
     assert browser.errors == []
 
 
+def visit(page, server, width=1000, height=800, focus="question"):
+    """Opens the page, and waits until it knows its model and has its focus where it belongs."""
+    page.open(server.url, width, height)
+    ready = f"document.activeElement?.id === '{focus}'"
+    page.wait(ready + " && document.getElementById('model').textContent" * (focus == "question"))
+
+
 def ask(page, question):
     page.tab_to("#question")
     page.type(question)
@@ -161,7 +46,7 @@ def ask(page, question):
 
 
 def answered(page):
-    wait_for(lambda: page.js("document.getElementById('stop').hidden && !document.querySelector('.busy')"))
+    page.wait("document.getElementById('stop').hidden && !document.querySelector('.busy')")
     return page.text(".answer")
 
 
@@ -181,7 +66,7 @@ def slow_server():
 
 
 def test_a_conversation_by_keyboard(page, slow_server):
-    page.open(slow_server.url)
+    visit(page, slow_server)
     assert page.js("document.title") == "tiny - minigpt"
     page.js(
         "window.seen = []; new MutationObserver(() => seen.push(document.querySelector('.answer')?.textContent.length))"
@@ -206,7 +91,7 @@ def test_a_conversation_by_keyboard(page, slow_server):
 
 
 def test_stop_and_retry(page, slow_server):
-    page.open(slow_server.url)
+    visit(page, slow_server)
     page.tab_to("#settings-button")
     page.press("Enter")
     page.tab_to("#max_tokens")
@@ -230,9 +115,9 @@ def test_stop_and_retry(page, slow_server):
 
 
 def test_settings_reach_the_server_and_stay(page, slow_server):
-    page.open(slow_server.url)
+    visit(page, slow_server)
     page.js("localStorage.clear()")
-    page.open(slow_server.url)
+    visit(page, slow_server)
     page.tab_to("#settings-button")
     page.press("Enter")
     for name, value in {"temperature": "0", "top_p": "0.5", "max_tokens": "7", "system": "Be brief."}.items():
@@ -240,7 +125,7 @@ def test_settings_reach_the_server_and_stay(page, slow_server):
         page.type(value)
     ask(page, "Hi")
     assert answered(page) == told(slow_server, ("system", "Be brief."), ("user", "Hi"), max_tokens=7)
-    page.open(slow_server.url)
+    visit(page, slow_server)
     assert page.js("[temperature.value, top_p.value, max_tokens.value, system.value]") == ["0", "0.5", "7", "Be brief."]
     page.js("top_p.value = 3")
     ask(page, "Hi")
@@ -249,7 +134,7 @@ def test_settings_reach_the_server_and_stay(page, slow_server):
 
 
 def test_light_and_dark(page, slow_server):
-    page.open(slow_server.url)
+    visit(page, slow_server)
 
     def background():
         return page.js("getComputedStyle(document.body).backgroundColor")
@@ -269,7 +154,7 @@ def test_light_and_dark(page, slow_server):
 
 
 def test_export_and_copy(page, slow_server):
-    page.open(slow_server.url)
+    visit(page, slow_server)
     page.js("URL.createObjectURL = (blob) => { window.saved = blob.text(); return 'blob:x' }")
     page.js("HTMLAnchorElement.prototype.click = function () { window.savedAs = this.download }")
     page.js("navigator.clipboard.writeText = async (text) => { window.copied = text }")
@@ -291,7 +176,7 @@ def test_export_and_copy(page, slow_server):
 
 
 def test_a_long_conversation_says_what_is_left_out(page, slow_server):
-    page.open(slow_server.url)
+    visit(page, slow_server)
     for number in range(3):
         ask(page, f"{number} " + "cats and dogs " * 40)
         answered(page)
@@ -301,7 +186,7 @@ def test_a_long_conversation_says_what_is_left_out(page, slow_server):
 
 def test_a_server_that_wants_a_key(page):
     with serving(make_model(), api_key="secret") as server:
-        page.open(server.url, focus="key")
+        visit(page, server, focus="key")
         page.type("wrong")
         page.press("Enter")
         wait_for(lambda: page.text("#key-wrong"))
@@ -319,7 +204,7 @@ def test_a_server_that_goes_and_comes_back(page):
     model = make_model(context=512, step_s=0.01)
     with serving(model) as server:
         port = int(server.url.rpartition(":")[2])
-        page.open(server.url)
+        visit(page, server)
         ask(page, "Hi")
         first = answered(page)
     ask(page, "Are you there?")
@@ -341,7 +226,7 @@ def test_a_server_that_goes_and_comes_back(page):
 def test_an_answer_that_the_server_cuts(page, monkeypatch):
     monkeypatch.setattr(run, "GRACE_S", 0.1)
     with serving(make_model(context=512, step_s=0.05)) as server:
-        page.open(server.url)
+        visit(page, server)
         ask(page, "Hi")
         wait_for(lambda: page.text(".answer"))
     answer = answered(page)
@@ -351,7 +236,7 @@ def test_an_answer_that_the_server_cuts(page, monkeypatch):
 
 @pytest.mark.parametrize("width", [320, 360, 1000])
 def test_nothing_is_wider_than_the_window(page, slow_server, width):
-    page.open(slow_server.url, width=width, height=640)
+    visit(page, slow_server, width=width, height=640)
     page.js("document.getElementById('settings-button').click()")
     ask(page, "w" * 300)
     answered(page)
@@ -371,7 +256,7 @@ def test_the_page_asks_nobody_else(slow_server):
 
 
 def test_every_control_has_a_name(page, slow_server):
-    page.open(slow_server.url)
+    visit(page, slow_server)
     page.js("document.getElementById('settings-button').click()")
     ask(page, "Hi")
     answered(page)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from minigpt.data.dataset import encode_segments
 from minigpt.data.prompts import Message, Template
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.inference.answer_text import AnswerText
 from minigpt.inference.chat import as_one_text, fit_prompt
 from minigpt.inference.next_token import Sampling, sequence_seed
 from minigpt.inference.serve.guard import ApiError
@@ -136,7 +137,10 @@ class Answer:
                 loop.call_soon_threadsafe(self._tokens.put_nowait, token)
 
         self._worker = worker
-        self._texts = [AnswerText(tokenizer, row.stop, question.trim) for _, row in question.rows]
+        trim = question.trim
+        self._texts = [
+            AnswerText(tokenizer, sampling.stop, trim_start=trim, trim_end=trim) for _, sampling in question.rows
+        ]
         self.new_tokens = 0
         self.started = time.perf_counter()
         self.first_token_s: float | None = None
@@ -156,46 +160,10 @@ class Answer:
             self.new_tokens += 1
             self.first_token_s = self.first_token_s or time.perf_counter() - self.started
             left -= token.reason is not None
-            yield Piece(token.row, self._texts[token.row].feed(token.id, token.reason), token.reason)
+            text = self._texts[token.row]
+            shown = text.feed(token.id) + (text.end() if token.reason else "")
+            yield Piece(token.row, shown, token.reason)
 
     def leave(self) -> None:
         """Frees the rows, where they are not done."""
         self._worker.cancel(self._job)
-
-
-class AnswerText:
-    """A row's tokens as text that may be shown at once: what may begin a stop string waits, as do halves of characters.
-
-    Args:
-        stops: the text ends before the first of them.
-        trim: take off the blanks around the text.
-
-    >>> text = AnswerText(tokenizer, ["###"], trim=True)
-    >>> [text.feed(id, None) for id in tokenizer.encode(" Yes #")] + [text.feed(tokenizer.encode("!")[0], "length")]
-    ['Y', 'es', '', '', ' #!']
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], trim: bool):
-        self._eot_id, self._decoder, self._stops, self._trim = tokenizer.eot_id, tokenizer.stream_decoder(), stops, trim
-        self._held = ""
-        self._begun = not trim
-
-    def feed(self, id: int, reason: str | None) -> str:
-        """The text that may be shown now. `reason` says whether `id` is the last."""
-        self._held += "" if id == self._eot_id else self._decoder.feed(id)
-        ends = [self._held.index(stop) for stop in self._stops if stop in self._held]
-        safe = min(ends, default=len(self._held))
-        if reason is None and not ends:
-            safe -= max((_begun(stop, self._held) for stop in self._stops), default=0)
-        shown, self._held = self._held[:safe], self._held[safe:]
-        if self._trim:
-            blanks = shown[len(shown.rstrip()) :]
-            shown, self._held = shown.rstrip(), blanks + self._held
-            shown = shown if self._begun else shown.lstrip()
-        self._begun = self._begun or bool(shown)
-        return shown.replace("\ufffd", "")  # bytes that are no character
-
-
-def _begun(stop: str, text: str) -> int:
-    """How many characters at the end of the text might begin the stop string."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

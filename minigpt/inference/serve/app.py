@@ -19,6 +19,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from minigpt.arguments import LOOPBACK
 from minigpt.inference.serve import schema
 from minigpt.inference.serve.answer import Answer, Asker, Question
 from minigpt.inference.serve.guard import ApiError, Guard, Metrics
@@ -27,7 +28,6 @@ from minigpt.version import __version__
 
 WEB = Path(__file__).parent / "web"
 PAGE = {"index.html": "text/html", "chat.css": "text/css", "chat.js": "text/javascript"}
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 T = TypeVar("T")
 
 
@@ -124,7 +124,8 @@ def make_app(worker: Worker, asker: Asker, name: str, api_key: str | None = None
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
         if not isinstance(error, ApiError):
-            error = ApiError(error.status_code, error.detail, headers=error.headers)
+            message = unreadable(error.__cause__) or error.detail
+            error = ApiError(error.status_code, message, headers=error.headers)
         return error.response()
 
     @app.exception_handler(RequestValidationError)
@@ -137,6 +138,17 @@ def make_app(worker: Worker, asker: Asker, name: str, api_key: str | None = None
 
     paths = {"/", *app.openapi()["paths"]}
     return Guard(app, metrics, api_key=api_key, hosts=None if api_key else LOOPBACK, paths=paths)
+
+
+def unreadable(cause: BaseException | None) -> str | None:
+    """What of a body made json.loads fail, where it is not the syntax; FastAPI says no more than that it failed."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"the body is not UTF-8 text (byte {cause.start}), so not JSON"
+    if isinstance(cause, RecursionError):
+        return "the body is nested too deeply"
+    if isinstance(cause, ValueError):
+        return "the body holds a number of too many digits"
+    return None
 
 
 def invalid_request(errors: Sequence[dict[str, Any]]) -> ApiError:

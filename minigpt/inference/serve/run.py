@@ -7,6 +7,7 @@ import sys
 
 import uvicorn
 
+from minigpt.arguments import ServeArguments
 from minigpt.inference.serve.answer import Asker
 from minigpt.inference.serve.app import make_app
 from minigpt.inference.serve.worker import Worker
@@ -21,27 +22,23 @@ class Server(uvicorn.Server):
     Args:
         asker: model, tokenizer, template and settings.
         name: of the model, as clients call it.
-        host, port: where; port 0 is any that is free.
-        api_key: wanted of all clients.
-        max_batch_size: answers that run together.
-        max_queue: answers that may wait.
+        config: where it listens, to whom, and to how many at once.
 
     Raises:
         OSError: the address cannot be had.
     """
 
-    def __init__(
-        self, asker: Asker, name: str, *, host: str, port: int, api_key: str | None, max_batch_size: int, max_queue: int
-    ):
+    def __init__(self, asker: Asker, name: str, config: ServeArguments):
+        host, port = config.host, config.port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self.listening = socket.create_server((host, port), family=family, backlog=2048)
         except OSError as error:
             raise OSError(f"--host {host} --port {port}: {error.strerror or error} (give another)") from error
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.listening.getsockname()[1]}"
-        self.worker = Worker(asker.model, asker.tokenizer, max_rows=max_batch_size, max_queue=max_queue)
+        self.worker = Worker(asker.model, asker.tokenizer, max_rows=config.max_batch_size, max_queue=config.max_queue)
         settings = {"lifespan": "off", "ws": "none", "log_level": "warning", "access_log": False}
-        app = make_app(self.worker, asker, name, api_key)
+        app = make_app(self.worker, asker, name, config.api_key)
         super().__init__(
             uvicorn.Config(app, server_header=False, timeout_graceful_shutdown=GRACE_S + 5, **settings)  # type: ignore[arg-type]
         )
@@ -52,18 +49,18 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if rows := self.worker.rows:
-            say(f"ending: {rows} answer{'s' * (rows != 1)} under way may take {GRACE_S} seconds")
+            tell(f"ending: {rows} answer{'s' * (rows != 1)} under way may take {GRACE_S} seconds")
         cut = asyncio.get_running_loop().call_later(GRACE_S, self._cut)
         await super().shutdown(sockets)
         cut.cancel()
         self.worker.end("the server has ended")
         await asyncio.to_thread(self.worker.join)
-        say("ended")
+        tell("ended")
 
     def _cut(self) -> None:
-        say(f"{self.worker.rows} answers are cut")
+        tell(f"{self.worker.rows} answers are cut")
         self.worker.end("the server is ending, and the answer is cut")
 
 
-def say(text: str) -> None:
+def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,101 @@
+"""chat.py --serve: a server in a process of its own."""
+
+# ruff: noqa: E402  # the extras may be absent
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+for extra in ("fastapi", "uvicorn", "httpx"):
+    pytest.importorskip(extra, reason="the extras serve and test are not installed")
+import httpx
+
+openai = pytest.importorskip("openai", reason="the extra test is not installed")
+
+from minigpt.data.prompts import get_template
+from minigpt.data.tokenizer import Tokenizer
+
+from .served import ask, make_model, serving
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def script(folder, *arguments, name="model", **environment):
+    """chat.py --serve on a model of files: the process and its address."""
+    model, tokenizer = make_model(), Tokenizer.tiny()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model", 256)
+    get_template("hugchat").save_pretrained(folder / "model")
+    command = [sys.executable, ROOT / "chat.py", "--model_name_or_path", name, "--serve", "--port", "0", *arguments]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MINIGPT_")}
+    process = subprocess.Popen(command, cwd=folder, env=env | environment, stderr=subprocess.PIPE, text=True)
+    try:
+        said = process.stderr.readline() + process.stderr.readline()
+        url = re.search(r"http://127\.0\.0\.1:\d+", said)
+        assert url, said
+        yield process, url[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_script_serves_and_ends_in_order(tmp_path):
+    with script(tmp_path, "--max_new_tokens", "9", MINIGPT_API_KEY="of the environment") as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="of the environment", max_retries=0)
+        chunks = client.chat.completions.create(model="model", messages=ask()["messages"], stream=True)
+        next(chunks)
+        process.send_signal(signal.SIGTERM)
+        assert list(chunks)[-1].choices[0].finish_reason == "length"
+        assert process.wait(timeout=30) == -signal.SIGTERM
+        assert process.stderr.read().endswith("ended\n")
+
+
+def test_clients_are_not_told_where_the_model_lies(tmp_path):
+    """Of a path that ends in a slash they were told an empty name."""
+    with script(tmp_path, name=f"{tmp_path}/model/") as (_, url):
+        assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: it needs --api_key or MINIGPT_API_KEY"),
+        (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
+        (["--prompt", "Hi"], "--serve and --prompt are two ways to ask: give one"),
+        (["--api_key", "schlüssel"], "--api_key must be of printable ASCII characters, because it travels in a header"),
+    ],
+)
+def test_what_the_script_refuses(arguments, message):
+    command = [sys.executable, ROOT / "chat.py", "--serve", "--model_name_or_path", "nowhere", *arguments]
+    env = {key: value for key, value in os.environ.items() if key != "MINIGPT_API_KEY"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+
+
+def test_the_script_names_the_extra_that_is_absent():
+    code = (
+        "import runpy, sys; sys.modules['uvicorn'] = None;"
+        "sys.argv = ['chat.py', '--serve', '--model_name_or_path', 'x'];"
+        "runpy.run_path('chat.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: --serve needs uvicorn (pip install -c constraints.txt -e '.[serve]')\n",
+    )
+
+
+def test_a_port_in_use_is_named(served_model, server):
+    port = int(server.url.rpartition(":")[2])
+    with (
+        pytest.raises(OSError, match=f"--host 127.0.0.1 --port {port}: Address already in use"),
+        serving(served_model, port=port),
+    ):
+        pass
