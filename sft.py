@@ -42,11 +42,10 @@ class SFTConfig(ModelArguments, DataArguments, PromptArguments, PredictArguments
     """Take the loss on data; then stop."""
 
     def __post_init__(self) -> None:
-        PredictArguments.__post_init__(self)
-        TrainConfig.__post_init__(self)
+        for part in (DataArguments, PredictArguments, TrainConfig):
+            part.__post_init__(self)
         check_range(self, "at least 1", lambda x: x >= 1, "max_seq_length")
-        check_range(self, "at least 0", lambda x: x >= 0, "replay_ratio", "inspect", "skip_bad_records")
-        check_range(self, "at least 0 and below 1", lambda x: 0 <= x < 1, "validation_split")
+        check_range(self, "at least 0", lambda x: x >= 0, "replay_ratio", "inspect")
 
 
 def main(config: SFTConfig) -> None:

@@ -31,14 +31,14 @@ class PretrainConfig(ModelArguments, DataArguments, TrainConfig):
     """Length of the sample text shown at each evaluation; 0 shows none."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        for part in (DataArguments, TrainConfig):
+            part.__post_init__(self)
         if bool(self.model_name_or_path) == bool(self.config_name):
             raise ValueError(
                 "give either --model_name_or_path, to continue from a model, or --config_name, to start anew"
             )
         check_range(self, "at least 1", lambda x: x >= 1, "block_size", "stride")
-        check_range(self, "at least 0", lambda x: x >= 0, "sample_tokens", "skip_bad_records")
-        check_range(self, "at least 0 and below 1", lambda x: 0 <= x < 1, "validation_split")
+        check_range(self, "at least 0", lambda x: x >= 0, "sample_tokens")
 
 
 def main(config: PretrainConfig) -> None:

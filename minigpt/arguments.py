@@ -41,6 +41,10 @@ class DataArguments:
     cache_dir: str | None = None
     """Where tokenized data is kept. Unset: ~/.cache/minigpt, or what MINIGPT_CACHE names."""
 
+    def __post_init__(self) -> None:
+        check_range(self, "at least 0 and below 1", lambda x: 0 <= x < 1, "validation_split")
+        check_range(self, "at least 0", lambda x: x >= 0, "skip_bad_records")
+
 
 @dataclass
 class PromptArguments:
