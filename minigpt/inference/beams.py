@@ -81,8 +81,10 @@ class _Search:
         if not self.sampling.stop:
             return False
         assert self.tokenizer  # check_sampling asks for it
-        text = self.tokenizer.decode(new)
-        return any(stop in text for stop in self.sampling.stop)
+        before, text = self.tokenizer.decode(new[:-1]), self.tokenizer.decode(new)
+        return any(
+            text.count(stop) > before.count(stop) for stop in self.sampling.stop
+        )  # not those that came too early
 
 
 def search(
@@ -109,7 +111,8 @@ def search(
 
     # ---- read each prompt once, then give its keys and values to all of its beams
     idx, last = pad_right(prompts, device)
-    logits = model(idx, cache=cache.rows(0, len(prompts)), last_only=last)[:, 0]  # (B,V)
+    known = tokenizer.vocab_size if tokenizer else None  # as in decoder.py
+    logits = model(idx, cache=cache.rows(0, len(prompts)), last_only=last)[:, 0, :known]  # (B,V)
     if logits.isnan().any():
         raise ValueError("the model's logits are not numbers: its weights are broken")
     logits = logits.repeat_interleave(num_beams, 0)  # (B,V) -> (B*num_beams,V)
@@ -136,4 +139,4 @@ def search(
         going = stay
         idx = torch.tensor([[ids[-1]] for one in going for ids in one.beams], device=device)  # (B*num_beams,1)
         positions = positions_of([len(ids) - 1 for one in going for ids in one.beams], device)
-        logits = model(idx, positions=positions, cache=cache.rows(0, len(idx)), last_only=True)[:, 0]
+        logits = model(idx, positions=positions, cache=cache.rows(0, len(idx)), last_only=True)[:, 0, :known]

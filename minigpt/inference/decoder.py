@@ -33,7 +33,7 @@ class Decoder:
         model: on any device, in eval mode.
         max_rows: rows that run together; further ones wait.
         max_length: longest prompt and answer together; None is the model's context. The cache is made for it.
-        tokenizer: needed for stop strings.
+        tokenizer: needed for stop strings. With it, no id comes that it does not know.
     """
 
     def __init__(self, model: GPT, *, max_rows: int, max_length: int | None = None, tokenizer: Tokenizer | None = None):
@@ -41,6 +41,7 @@ class Decoder:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
         self.model, self.max_rows, self.tokenizer = model, max_rows, tokenizer
         self.max_length = min(max_length or model.config.n_positions, model.config.n_positions)
+        self._known = tokenizer.vocab_size if tokenizer else None  # an embedding may be padded to more
         self.device = model.wpe.weight.device
         self.cache = KVCache.for_model(model, max_rows, self.max_length)
         self._keys = count()
@@ -85,7 +86,7 @@ class Decoder:
             if not logits:
                 return []
             joined = logits[0] if len(logits) == 1 else torch.cat(logits)
-            tokens = next_tokens(joined, [row for _, row in self._running])
+            tokens = next_tokens(joined[:, : self._known], [row for _, row in self._running])
         found = [(key, token, row.append(token)) for (key, row), token in zip(self._running, tokens, strict=True)]
         for place in reversed(range(len(found))):  # from behind: what moves forward has been looked at
             if found[place][2] is not None:

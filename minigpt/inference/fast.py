@@ -26,23 +26,24 @@ from minigpt.model.hub import SkipInit
 
 ENGLISH = Path(__file__).parents[1] / "assets" / "english.txt"
 QUANTIZATIONS = ("int8",)
-FEW_ROWS = 8  # up to that many, the product that unpacks int8 as it goes is the faster one
-PART = 3072  # rows of a weight that the other one unpacks at a time
-WHOLE_STEPS = 64  # the former walks along a row in vectors, and beyond its end where they do not fit
+FEW_ROWS = 8  # up to that many, `_weight_int8pack_mm` is faster than to unpack and take a plain product
+WHOLE_STEPS = 64  # `_weight_int8pack_mm` walks along a row in vectors, and beyond its end where they do not fit
+PART = 3072  # rows of a weight that are unpacked at a time
 
 
 def for_generation(model: GPT, quantize: str | None = None) -> GPT:
-    """The same model with its matrices packed; the one given stays as it is.
+    """The same model with its matrices packed, to generate with alone; the one given stays as it is.
 
     What is not a matrix is shared with it, and so is the token embedding, whose rows are looked up: the head tied to
-    it is a second, packed copy. Let go of the model given, and its other matrices are freed.
+    it is a second, packed copy. Let go of the model given, and its other matrices are freed. In int8 the
+    rows are looked up in the head itself.
 
     Args:
         model: fp32 or bf16.
         quantize: None packs the weights as they are, and returns the model itself where nothing can be packed (on a
             GPU, or without oneDNN); "int8" rounds the matrices to 8 bits and computes in bf16. `perplexity` says what
             that costs. Its sums are rounded otherwise for few rows than for many, so near a tie a row's token may
-            hang on the size of its batch.
+            hang on the size of its batch (as it may with weights that are not packed, and on a GPU).
 
     Raises:
         ValueError: no such quantization.
@@ -116,14 +117,14 @@ class FastBlock(nn.Module):
         super().__init__()
         self.attend = partial(attend, n_head=block.attn.n_head, layer=block.attn.layer)
         self.ln_1, self.ln_2 = _layer_norm(block.ln_1, dtype), _layer_norm(block.ln_2, dtype)
-        self.c_attn, self.c_proj, self.c_fc, self.mlp_c_proj = (
+        self.c_attn, self.attn_c_proj, self.c_fc, self.mlp_c_proj = (
             linear(own.weight, own.bias.detach().to(dtype))
             for own in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         )
 
     def forward(self, x: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
         y = self.attend(self.c_attn(self.ln_1(x)), cache=cache, mask=mask)
-        x = self.c_proj(y, residual=x)
+        x = self.attn_c_proj(y, residual=x)
         y = self.c_fc(self.ln_2(x), gelu=True)
         return self.mlp_c_proj(y, residual=x)
 

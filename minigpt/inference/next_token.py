@@ -77,7 +77,7 @@ class Row:
         self.prompt_length = len(prompt)
         self.room = room
         self._decoder = tokenizer.stream_decoder() if sampling.stop and tokenizer else None
-        self._tail = ""  # of the text: what a stop string might begin in
+        self._tail = ""  # of the text: what a stop string may begin in
 
     @cached_property
     def random(self) -> torch.Generator:
@@ -107,8 +107,9 @@ class Row:
             return False
         stop = self.sampling.stop
         text = self._tail + self._decoder.feed(token)
-        self._tail = text[-max(map(len, stop)) :]
-        return any(word in text for word in stop)
+        found = any(word in text for word in stop)  # one that came too early, before min_new_tokens, is forgotten
+        self._tail = "" if found else text[max(0, len(text) - max(map(len, stop)) + 1) :]
+        return found
 
 
 def process(scores: Tensor, ids: Sequence[int], new: int, sampling: Sampling) -> None:
@@ -138,6 +139,7 @@ def next_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
         if temperature == 0:
             found = own.argmax(-1)
         else:
+            own = own.cpu() if own.device.type == "mps" else own  # which has no fp64
             numbers = [torch.rand(1, dtype=torch.float64, generator=rows[place].random) for place in places]
             found = draw(*candidates(own, temperature, top_k, top_p), torch.cat(numbers))
         for place, token in zip(places, found.tolist(), strict=True):

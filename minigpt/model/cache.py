@@ -36,7 +36,10 @@ class KVCache:
         self.buffer = _zeros(shape, device, dtype)  # zeros: a masked slot must not hold a NaN
         self.max_length = max_length
         self.length = 0  # slots in use: one more than the highest position of the last call
-        self.positions = torch.empty(0, dtype=torch.long)  # of the call under way
+        # Of the call under way, set by `extend`:
+        self.positions = torch.empty(0, dtype=torch.long)
+        self._layers: tuple[Tensor, ...] = ()  # n_layer x (2,B,nh,length,hs)
+        self._new: tuple[Tensor, ...] = ()  # n_layer x (2,B,nh,T,hs): the last T slots of them
 
     @classmethod
     def for_model(cls, model: Any, batch_size: int, max_length: int) -> "KVCache":
@@ -52,14 +55,14 @@ class KVCache:
         if self.length > self.max_length:
             raise ValueError(f"position {self.length - 1} does not fit into a cache of {self.max_length}")
         used = self.buffer[:, :, :, :, : self.length]
-        self._layers = used.unbind()  # n_layer x (2,B,nh,length,hs): made once, for a call has many layers
-        self._ends = used[:, :, :, :, self.length - positions.shape[-1] :].unbind()  # n_layer x (2,B,nh,T,hs)
+        self._layers = used.unbind()
+        self._new = used[:, :, :, :, self.length - positions.shape[-1] :].unbind()
 
     def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (2,B,nh,T,hs) keys and values; returns all of the layer's, 2 x (B,nh,length,hs)."""
         kv = kv.detach()  # what was read is not learnt from
         if self.positions.dim() == 1:  # the same positions in every row
-            self._ends[layer].copy_(kv)
+            self._new[layer].copy_(kv)
         else:
             rows = torch.arange(kv.shape[1], device=kv.device)[:, None]  # (B,1), beside positions (B,T)
             self._layers[layer].transpose(2, 3)[:, rows, self.positions] = kv.transpose(2, 3)  # both (2,B,T,nh,hs)
@@ -74,7 +77,7 @@ class KVCache:
     def rows(self, start: int, stop: int) -> "KVCache":
         """A cache of these rows alone, in the same memory, for a call on them."""
         part = copy.copy(self)
-        part.buffer, part.length = self.buffer[:, :, start:stop], 0
+        part.buffer, part.length = self.buffer[:, :, start:stop], 0  # so, by default, positions count from 0
         return part
 
     def copy_rows(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:

@@ -229,7 +229,7 @@ class GPT(nn.Module):
             negative log-likelihood in fp32 and the number of targets that counted.
 
         Raises:
-            ValueError: the tokens reach beyond the context.
+            ValueError: the tokens reach beyond the context; of positions that are given, beyond the cache.
         """
         T = idx.shape[1]
         if positions is None:
@@ -239,9 +239,9 @@ class GPT(nn.Module):
             positions = torch.arange(start, start + T, device=idx.device)
         mask = None
         if cache is not None:
-            prefill = cache.length == 0 and positions.dim() == 1  # from nothing: plain causal attention will do
             cache.extend(positions)
-            mask = None if prefill or (T == 1 and positions.dim() == 1) else cache.mask()
+            alike = positions.dim() == 1  # one token sees all, and tokens from the first on are plainly causal
+            mask = None if alike and T in (1, cache.length) else cache.mask()
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B,T) -> (B,T,C)
         recompute = self.gradient_checkpointing and self.training and cache is None
         for block in self.h:

@@ -162,18 +162,10 @@ def test_the_context_ends_beams(judge, model):
     )
 
 
-def test_a_stop_string_ends_a_beam(speaker, tokenizer):
-    ids = tokenizer.encode("Paris is it.\n\n### Instruction: more")
-    model = speaker(ids, prompt_length=1)
-    settings = {"max_new_tokens": 30, "num_beams": 2, "tokenizer": tokenizer, "eos_id": tokenizer.eot_id}
-    [found] = generate(model, [[1]], stop=["### Instr"], **settings)
-    assert found == ids[: len(found)]
-    assert "### Instr" in tokenizer.decode(found)
-    assert "### Instr" not in tokenizer.decode(found[:-1])
-
-
 class Letters:
     """A vocabulary of one letter a token."""
+
+    vocab_size = VOCAB
 
     def decode(self, ids):
         return "".join(chr(0x4E00 + i) for i in ids)
@@ -222,20 +214,6 @@ def test_the_context_ends_a_row(model):
     rows = generate(model, prompts, max_new_tokens=CONTEXT)
     assert list(map(len, rows)) == [1, 3, CONTEXT - 5]
     assert rows == [plain_greedy(model, prompt, len(row)) for prompt, row in zip(prompts, rows, strict=True)]
-
-
-def test_a_stop_string_ends_a_row_wherever_tokens_end(speaker, tokenizer):
-    def until(stop):
-        return next(ids[:n] for n in range(len(ids) + 1) if stop in tokenizer.decode(ids[:n]))
-
-    ids = tokenizer.encode("Paris.\n\n### Instruction:\nAnother 日本語")
-    assert not any("### Instruction:" in tokenizer.decode([i]) for i in ids)  # it lies across several tokens
-    assert len(until("日")) > len(until("Another ")) + 1  # and so does a character
-    model = speaker(ids, prompt_length=1)
-    settings = {"max_new_tokens": 40, "eos_id": tokenizer.eot_id, "tokenizer": tokenizer}
-    for stop in (["### Instruction:"], ["never", "Paris"], ["日"], ["Another 日本"]):
-        assert generate(model, [[1]], stop=stop, **settings) == [until(stop[-1])]
-    assert generate(model, [[1]], stop=["never"], **settings) == [[*ids, tokenizer.eot_id]]
 
 
 def test_nothing_to_do(model):

@@ -196,6 +196,16 @@ def test_rows_of_different_lengths_equal_the_rows_alone(folder):
             assert relative(logits[place], alone) < 1e-5
 
 
+def test_positions_decide_what_is_seen_and_not_where_the_cache_began(folder):
+    """Some rows' part of a cache begins at length 0; tokens at 11 to 16 of it were masked as if they were the first."""
+    model, idx = GPT.from_pretrained(folder), torch.randint(0, 331, (3, 17))
+    cache = KVCache(model.config, 3, 20)
+    with torch.no_grad():
+        model(idx[:, :11], cache=cache)
+        logits = model(idx[1:, 11:], positions=torch.arange(11, 17), cache=cache.rows(1, 3))
+        assert relative(logits, model(idx[1:])[:, 11:]) < 1e-5
+
+
 def test_a_bf16_model_reads_its_cache_in_fp32_on_a_cpu(folder):
     model, idx = GPT.from_pretrained(folder, dtype=torch.bfloat16), torch.randint(0, 331, (3, 30))
     cache = KVCache.for_model(model, 3, 30)
