@@ -59,7 +59,7 @@ def bootstrap(config: SelfInstructConfig) -> None:
             generator = make_generator(config)
             statistics = Bootstrap(files, config, seed_tasks, generator).run()
             say(table(statistics))
-            say(f"{'report':16} {write_report(folder)}")
+            say(f"{'report':16} {write_report(folder, config.filters())}")
             if isinstance(generator, Ranks):
                 generator.close()
     except KeyboardInterrupt:

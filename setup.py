@@ -18,7 +18,7 @@ EXTRAS = {
 }
 TEST = [
     *("pytest>=8", "pytest-xdist>=3.6", "transformers>=4.50", "jinja2>=3.1", "regex", "openai>=1.40", "httpx>=0.27"),
-    "schemathesis>=4",
+    *("schemathesis>=4", "psutil>=5.9"),
     *(
         requirement
         for extra in ("curation", "parquet", "plot", "serve", "tensorboard")

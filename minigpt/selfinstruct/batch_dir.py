@@ -5,11 +5,12 @@ requests.jsonl                         a line per request: its shots, what came 
 statistics.json                        the counts; written last, it is what commits a round
 config.yaml, seed_tasks.jsonl          the settings and the seed pool that the run was begun with
 arrived.jsonl                          completions of a server, of a round that is under way
+*.jsonl.cut                            what a killed round left behind the end of a file
 .lock                                  held by the operating system while the run lives
 
 The first two are only appended to. What stands in them past the numbers in statistics.json is of a round that was
-killed while it was written, and the next start cuts it off. What cannot be of such a round, somebody else wrote: the
-run does not go on until it lies elsewhere.
+killed while it was written, and the next start moves it into a file beside, NAME.cut, for it may be somebody's all the
+same. Lines that no interrupted round can have written are refused, not cut.
 """
 
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.config import parse, save_yaml
+from minigpt.distributed import say
 from minigpt.files import claim, whole_file, writing_to
 from minigpt.selfinstruct.filters import NAMES
 from minigpt.selfinstruct.generators import Completion
@@ -55,11 +57,12 @@ class Statistics:
         """Those in a statistics.json; a ValueError where it holds something else."""
         try:
             found = json.loads(path.read_bytes())
+            found["rejected"] = {**dict.fromkeys(NAMES, 0), **found["rejected"]}  # a filter may be younger than the run
             statistics = cls(**{own.name: found[own.name] for own in fields(cls)})
             counts = [statistics.requests, statistics.completions, statistics.tasks, statistics.kept]
             sound = (
                 all(type(count) is int and count >= 0 for count in (*counts, *statistics.rejected.values()))
-                and list(statistics.rejected) == list(NAMES)
+                and statistics.rejected.keys() == set(NAMES)
                 and statistics.ended in (None, "target", "max_requests", "max_stall")
             )
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -105,9 +108,10 @@ class BatchDir:
             with whole_file(folder / SEED_TASKS) as path:
                 path.write_text(seeds, encoding="utf-8")
         done = self.statistics
-        self.kept = _read_tasks(folder / TASKS, _committed(folder / TASKS, done.kept, done.requests))
+        unfinished = range(done.requests, (done.requests // config.round_size + 1) * config.round_size)
+        self.kept = _read_tasks(folder / TASKS, _committed(folder / TASKS, done.kept, unfinished))
         """The lines of machine_generated_instructions.jsonl."""
-        for _ in _committed(folder / REQUESTS, done.requests, done.requests):
+        for _ in _committed(folder / REQUESTS, done.requests, unfinished):
             pass
         self.arrived = self._read_arrived()
         """Completions of the round under way, by the seed that they were asked with."""
@@ -217,8 +221,11 @@ def _to_disk(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _committed(path: Path, count: int, requests: int) -> Iterator[bytes]:
-    """The first lines of a file, which is cut after them: the rest is of a round that was killed.
+def _committed(path: Path, count: int, unfinished: range) -> Iterator[bytes]:
+    """The first lines of a file. The rest, of a round that was killed, is moved into NAME.cut.
+
+    Args:
+        unfinished: the requests of that round.
 
     Raises ValueError where lines are missing, or the rest cannot be of such a round.
     """
@@ -232,19 +239,26 @@ def _committed(path: Path, count: int, requests: int) -> Iterator[bytes]:
                 )
             yield line
         end = file.tell()
-        for number, line in enumerate(file, count + 1):
-            if not _is_uncommitted(line, requests):
+        rest = file.readlines()
+        for number, line in enumerate(rest, count + 1):
+            if not _is_uncommitted(line, unfinished):
                 raise ValueError(
                     f"{path}:{number}: a line too many, for {STATISTICS} speaks of {count}, and it is of no round that "
                     "was cut short (move what was added into another file; sft.py --data takes several)"
                 )
+        if text := b"".join(rest).rstrip(b"\n"):
+            cut = path.with_name(f"{path.name}.cut")
+            with cut.open("ab") as aside:
+                aside.write(text + b"\n")
+                _to_disk(aside)
+            say(f"{path}: what a round that was cut short left after line {count} is moved into {cut.name}")
         file.truncate(end)
 
 
-def _is_uncommitted(line: bytes, requests: int) -> bool:
-    """Whether a line, or its half where a kill cut it, is of a request that will be made once more."""
+def _is_uncommitted(line: bytes, unfinished: range) -> bool:
+    """Whether a line, or its half where a kill cut it, can be of a request that will be made once more."""
     try:
-        return bool(json.loads(line)["request_idx"] >= requests)
+        return json.loads(line)["request_idx"] in unfinished
     except (KeyError, TypeError):
         return False
     except ValueError:

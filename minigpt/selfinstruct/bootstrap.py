@@ -95,6 +95,9 @@ class TaskArguments:
     def task_format(self) -> TaskFormat:
         return TaskFormat(self.format, self.trigger_instruction, self.trigger_input, self.trigger_output)
 
+    def filters(self) -> Filters:
+        return Filters(self.banned_words, self.keep_programming, self.language)
+
 
 @dataclass
 class RunArguments(BootstrapArguments, TaskArguments, GeneratorArguments):
@@ -103,6 +106,11 @@ class RunArguments(BootstrapArguments, TaskArguments, GeneratorArguments):
     def __post_init__(self) -> None:
         for part in (BootstrapArguments, TaskArguments, GeneratorArguments):
             part.__post_init__(self)
+
+    @property
+    def round_size(self) -> int:
+        """Requests of a round."""
+        return BATCHES * self.request_batch_size
 
 
 class Request(NamedTuple):
@@ -122,7 +130,7 @@ class Bootstrap:
 
         self.files, self.arguments, self.statistics = files, arguments, files.statistics
         self.generator, self.format = generator, arguments.task_format()
-        self.filters = Filters(arguments.banned_words, arguments.keep_programming, arguments.language)
+        self.filters = arguments.filters()
         self.novelty = NoveltyFilter(arguments.threshold, rouge_words if self.filters.is_english else unicode_words)
         # A completion ends when its list is long enough, or the room ends.
         length = max(LIST, 2 * arguments.num_prompt_instructions)
@@ -178,7 +186,7 @@ class Bootstrap:
     # ---- one round
 
     def _round(self) -> None:
-        size = BATCHES * self.arguments.request_batch_size
+        size = self.arguments.round_size
         first = self.statistics.requests // size * size
         pool = [task for idx, task in self.machine if idx < first]
         requests = [

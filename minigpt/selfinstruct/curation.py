@@ -108,11 +108,11 @@ def read_entries(path: str | Path, output_dir: str | None = None) -> tuple[list[
         raise ValueError(f"{file}: no task in it (a run that has kept none leaves this); --data names another file")
     conversations = read_records(file)
     entries = []
-    for line, record in read_values(file):
+    for _, record in read_values(file):
         several = isinstance(record, dict) and "messages" not in record and record.get("instances")
         found = list(islice(conversations, len(several) if several else 1))  # a bad record is an error here
         if found[0].messages[0]["role"] == "text":
-            raise ValueError(f"{file}:{line}: plain text, expected a question and its answer")
+            raise ValueError(f"{found[0].source}: plain text, expected a question and its answer")
         entries.append(make_entry(record, found))
     return entries, Path(output_dir or file.parent) / file.name.removesuffix(".jsonl")
 

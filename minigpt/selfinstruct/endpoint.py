@@ -139,19 +139,22 @@ class ApiGenerator:
             body["messages"] = [{"role": "user", "content": prompt.text}]
         else:
             body["prompt"] = prompt.text
-        attempts = self.endpoint.api_retries + 1
-        answer: Any = None
-        for attempt in range(attempts):
+        attempts = left = self.endpoint.api_retries + 1  # left: the attempt under way, and those after it
+
+        def sleep(seconds: float) -> None:
+            nonlocal left
+            left -= 1
+            self._back_off(seconds)
+
+        while True:
             self._pause(self._not_before - time.monotonic())
-            answer = post_json(
-                self.url, body, self.key, timeout=self.endpoint.api_timeout, attempts=attempts, sleep=self._back_off
-            )
-            completions = read_choices(answer, stop)
-            if completions:
+            answer = post_json(self.url, body, self.key, timeout=self.endpoint.api_timeout, attempts=left, sleep=sleep)
+            if completions := read_choices(answer, stop):
                 return completions[: settings.num_return_sequences]
-            if attempt + 1 < attempts:
-                self._back_off(min(2.0**attempt, 60.0))
-        raise ApiError(f"{self.url}: no completion in the answer {json.dumps(answer)[:200]} ({attempts} attempts)")
+            if left == 1:
+                said = json.dumps(answer)[:200]
+                raise ApiError(f"{self.url}: no completion in the answer {said} ({attempts} attempts)")
+            sleep(min(2.0 ** (attempts - left), 60.0))
 
     def _back_off(self, seconds: float) -> None:
         self._not_before = max(self._not_before, time.monotonic() + seconds)

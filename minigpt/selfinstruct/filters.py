@@ -50,12 +50,15 @@ class Filters:
         around = r"(?<!\w)(?:{})(?!\w)" if self.is_spaced else "{}"
         self.banned = re.compile(around.format(banned), re.IGNORECASE) if banned else None
 
+    def length(self, instruction: str) -> int:
+        """Its words; its characters where no blanks stand between words."""
+        words = instruction.split()
+        return len(words) if self.is_spaced else len("".join(words))
+
     def reject(self, task: Task) -> str | None:
         """The name of the first filter that drops the task; None where it passes all six."""
-        words = task.instruction.split()
-        instruction = " ".join(words)
-        length = len(words) if self.is_spaced else len("".join(words))
-        if not 3 < length <= 150:
+        instruction = " ".join(task.instruction.split())
+        if not 3 < self.length(instruction) <= 150:
             return "length"
         if self.banned and self.banned.search(instruction):
             return "banned_word"

@@ -1,9 +1,11 @@
 """Where completions come from: a model in this process, or in one process for each GPU. endpoint.py asks a server.
 
 All generators keep one promise: `complete(prompts, how)`, `count(text)` and `context`. What a prompt gets depends on
-its seed alone, and so neither on its neighbours nor on the number of processes.
+its seed alone, and so neither on its neighbours nor on the number of processes; on a GPU, or with weights that are not
+packed, up to rounding, for there the size of a batch changes the last bits.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -83,9 +85,9 @@ class GeneratorArguments:
             self.temperature = 0.0 if self.num_beams > 1 else 1.0
         check_range(self, "at least 1", lambda x: x >= 1, "max_length", "request_batch_size", "num_beams")
         check_range(self, "at least 1", lambda x: x >= 1, "num_return_sequences")
-        check_range(self, "at least 0", lambda x: x >= 0, "temperature")
+        check_range(self, "at least 0 and finite", lambda x: 0 <= x < math.inf, "temperature")
         check_range(self, "above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
-        check_range(self, "above 0", lambda x: x > 0, "repetition_penalty")
+        check_range(self, "above 0 and finite", lambda x: 0 < x < math.inf, "repetition_penalty")
         check_range(self, "at least 0 and below 2^63", lambda x: 0 <= x < 2**63, "seed")
         if self.num_beams > 1 and self.temperature:
             raise ValueError(f"--num_beams {self.num_beams} searches, it does not draw: --temperature must be 0")

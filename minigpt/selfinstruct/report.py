@@ -39,8 +39,8 @@ EXTREMES = 10  # most novel, least novel
 SHORT = 180  # characters of a text before it is folded
 
 WHY = {
-    "length": "three words or fewer, or more than 150",
-    "banned_word": "a word for what a text model cannot look at or make",
+    "length": "three {unit}s or fewer, or more than 150",
+    "banned_word": "holds one of the --banned_words",
     "programming": "asks for a program or a function",
     "punctuation": "begins with punctuation",
     "language": "begins with a character that is not ASCII",
@@ -55,14 +55,17 @@ ENDED = {
 }
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, filters: Filters) -> Path:
     """Writes `report.html` and, where matplotlib is installed, the PNGs; returns the page's path.
+
+    Args:
+        filters: those that the run was made with; they tell what it was in a task that was dropped.
 
     Raises:
         ValueError: `FILE:LINE: what is wrong`; or the folder holds no run.
     """
     run = read_run(folder)
-    page = _page(run).encode("utf-8", errors="backslashreplace")  # a lone surrogate, which JSON may hold
+    page = _page(run, filters).encode("utf-8", errors="backslashreplace")  # a lone surrogate, which JSON may hold
     with writing_to(folder, "--batch_dir"):
         with whole_file(folder / REPORT) as path:
             path.write_bytes(page)
@@ -74,7 +77,7 @@ def write_report(folder: Path) -> Path:
 # ---- the page
 
 
-def _page(run: Run) -> str:
+def _page(run: Run, filters: Filters) -> str:
     style, script, template = (
         (WEB / name).read_text(encoding="utf-8") for name in ("report.css", "report.js", "report.html")
     )
@@ -101,7 +104,7 @@ def _page(run: Run) -> str:
         most_novel=_neighbours(by_score[:EXTREMES]),
         least_novel=_neighbours(by_score[::-1][:EXTREMES]),
         filters=svg_bars(bars),
-        dropped="".join(_dropped(run, name, examples) for name, examples in run.dropped.items()),
+        dropped="".join(_dropped(run, filters, name, examples) for name, examples in run.dropped.items()),
     )
 
 
@@ -232,30 +235,35 @@ def _text(text: str) -> str:
     return f'<details class="long">{head}<span class="text">{escape(text)}</span></details>'
 
 
-def _dropped(run: Run, name: str, examples: Sequence[Dropped]) -> str:
+def _dropped(run: Run, filters: Filters, name: str, examples: Sequence[Dropped]) -> str:
     count = run.statistics.rejected[name]
-    head = f"<b>{name}</b> {count:,} ({_share(count, run.statistics.tasks)}) <small>{WHY[name]}</small>"
+    why = WHY[name].format(unit=_unit(filters))
+    head = f"<b>{name}</b> {count:,} ({_share(count, run.statistics.tasks)}) <small>{why}</small>"
     if not examples:
         return f'<p class="none">{head}</p>'
     items = "".join(
-        f'<li><span class="score">{escape(_reason(name, one))}</span><div>{_text(one.task.instruction or "(blank)")}'
+        f'<li><span class="score">{escape(_reason(filters, name, one))}</span>'
+        f"<div>{_text(one.task.instruction or '(blank)')}"
         f"{_beside('nearest', one.nearest)}{_beside('input', one.task.input) if name == 'output' else ''}</div></li>"
         for one in (sorted(examples, key=lambda one: -(one.score or 0)) if name == "novelty" else examples)
     )
     return f'<details><summary>{head}</summary><ol class="tasks">{items}</ol></details>'
 
 
-def _reason(name: str, one: Dropped) -> str:
+def _unit(filters: Filters) -> str:
+    return "word" if filters.is_spaced else "character"
+
+
+def _reason(filters: Filters, name: str, one: Dropped) -> str:
     """What it was in this task, as far as the task alone tells."""
     instruction = one.task.instruction.strip()
     if name == "novelty":
         return f"{one.score:.2f}"
     if name == "length":
-        count = words_of(instruction)
-        return f"{count} word{'s' * (count != 1)}"
+        count = filters.length(instruction)
+        return f"{count} {_unit(filters)}{'s' * (count != 1)}"
     if name == "banned_word":
-        banned = Filters().banned
-        found = banned.search(instruction) if banned else None
+        found = filters.banned.search(instruction) if filters.banned else None
         return found[0] if found else "a word"
     if name == "output":
         return "repeated" if one.task.output.strip() else "empty"

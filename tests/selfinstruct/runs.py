@@ -33,8 +33,8 @@ def lines(folder: Path, name: str) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run, byte for byte, but the names of the folder and of the process in them."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    """Every file of a run, byte for byte, but what was cut off and the names of the folder and of the process."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix not in (".cut", ".lock")}
     found["config.yaml"] = found["config.yaml"].replace(str(folder).encode(), b"HERE")
     return found
 

@@ -208,6 +208,7 @@ MINE = '{"instruction": "Name my cat.", "input": "", "output": "Mia."}\n'
         (lambda text: text + "\n# my notes", 2),
         (lambda text: text + '{"request_idx": "x"}\n', 1),
         (lambda text: text.partition("\n")[0] + "\n" + text, 1),  # then the last that the run wrote is one too many
+        (lambda text: text + '{"request_idx": 999}\n', 1),  # the end of a longer run, which was taken for ours
     ],
 )
 def test_what_somebody_added_is_not_cut_off(tmp_path, edit, line):
@@ -224,6 +225,31 @@ def test_what_somebody_added_is_not_cut_off(tmp_path, edit, line):
             "no round that was cut short (move what was added into another file; sft.py --data takes several)"
         )
         same(tmp_path, before)
+
+
+@pytest.mark.parametrize("name", [TASKS, "requests.jsonl"])
+def test_what_is_cut_off_lies_beside(tmp_path, whole, name, capsys):
+    """A last line by hand, with a brace missing and no line end, looks as half of ours does: it was gone for good."""
+    bootstrap(tmp_path, num_instructions_to_generate=5)
+    path, aside = tmp_path / name, tmp_path / f"{name}.cut"
+    committed = len(path.read_bytes().splitlines())
+    end = 8  # of the first round, which the target has ended early
+    ours = "".join(json.dumps({"request_idx": idx}) + "\n" for idx in (end - 2, end - 1))
+    half, mine = '{"instruction": "Name ', '{"instruction": "Name my cat.", "output": "Mia."'
+    for added in (ours + half, "\n", mine):
+        with path.open("a") as file:
+            file.write(added)
+        bootstrap(tmp_path, num_instructions_to_generate=5)
+    assert aside.read_text() == f"{ours}{half}\n{mine}\n"
+    said = f"{path}: what a round that was cut short left after line {committed} is moved into {name}.cut"
+    assert capsys.readouterr().out.splitlines().count(said) == 2
+    with path.open("a") as file:
+        file.write(json.dumps({"request_idx": end}) + "\n")
+    with pytest.raises(ValueError, match=rf"{name}:{committed + 1}: a line too many"):
+        bootstrap(tmp_path)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    bootstrap(tmp_path)
+    same(tmp_path, contents(whole))
 
 
 def test_tasks_added_before_the_first_round_stay(tmp_path):
@@ -262,6 +288,17 @@ def test_damaged_statistics_are_one_line(tmp_path, damage):
         f"{statistics}: damaged, for it does not hold the counts of a run "
         "(put back what was there, or give another --batch_dir)"
     )
+
+
+def test_a_filter_that_is_younger_than_the_run(tmp_path, whole):
+    """A run from before the newest filter counted as damaged: its statistics did not speak of it."""
+    bootstrap(tmp_path, num_instructions_to_generate=5)
+    statistics = tmp_path / "statistics.json"
+    found = json.loads(statistics.read_text())
+    assert found["rejected"].pop("punctuation") == 0
+    statistics.write_text(json.dumps(found))
+    bootstrap(tmp_path)
+    same(tmp_path, contents(whole))
 
 
 @pytest.mark.parametrize("name", [TASKS, "requests.jsonl", "config.yaml", "seed_tasks.jsonl"])

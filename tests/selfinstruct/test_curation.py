@@ -118,6 +118,11 @@ def test_what_cannot_be_curated_is_refused_in_one_line(tmp_path):
     path = write(tmp_path / "a.jsonl", [task("Hi."), {"text": "Once upon a time."}])
     with pytest.raises(ValueError, match=rf"^{path}:2: plain text, expected a question and its answer$"):
         lint(str(path))
+    path = tmp_path / "a.json"  # an array on one line
+    path.write_text(json.dumps([task("Hi."), {"text": "Once upon a time."}]))
+    with pytest.raises(ValueError, match=rf"^{path}:1, record 2: plain text, expected a question and its answer$"):
+        lint(str(path))
+    path.unlink()
     (tmp_path / "b.jsonl").write_text('{"instruction": "Hi."}\n')
     with pytest.raises(ValueError, match=r'b.jsonl:1: "output" is missing'):
         lint(str(tmp_path / "b.jsonl"))

@@ -179,6 +179,15 @@ def test_refusals_say_what_to_do(quick, reply, settings, message):
     assert len(server.bodies) <= 10
 
 
+@pytest.mark.parametrize("retries", [0, 2, 3])
+def test_a_request_is_sent_no_more_often_than_it_may(quick, retries):
+    """Failures and nonsense were counted apart: with eight retries a request was sent up to 81 times."""
+    with serving(lambda number, body: {"choices": []} if number % 2 else 500) as server:
+        with pytest.raises(ApiError):
+            api(server, api_retries=retries).complete(PROMPTS[:1], how())
+        assert len(server.bodies) == retries + 1
+
+
 def test_nobody_at_the_address():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,5 +1,7 @@
 """Generators: the local model, alone and on several ranks."""
 
+import math
+
 import pytest
 
 from minigpt.data.tokenizer import Tokenizer
@@ -101,6 +103,8 @@ def test_the_likeliest_tokens_need_no_seed(local, tokenizer):
         ({"stop_words": ["a", ""]}, "--stop_words: an empty string"),
         ({"max_length": 0}, "--max_length must be at least 1"),
         ({"request_batch_size": 0}, "--request_batch_size must be at least 1"),
+        ({"temperature": math.inf}, "--temperature must be at least 0 and finite, got inf"),  # it failed in the model
+        ({"repetition_penalty": math.inf}, "--repetition_penalty must be above 0 and finite, got inf"),
     ],
 )
 def test_settings_that_are_refused(settings, message):

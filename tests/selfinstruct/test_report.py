@@ -14,6 +14,7 @@ import pytest
 
 from minigpt.selfinstruct import report
 from minigpt.selfinstruct.figures import DPI, INNER, SIZES, Histogram, Ring, sectors, svg_histogram
+from minigpt.selfinstruct.filters import Filters
 from minigpt.selfinstruct.findings import ends, lengths, read_run, rings, similarity
 from minigpt.selfinstruct.report import write_report
 
@@ -67,7 +68,7 @@ def pictures():
 
 def test_the_page_holds_every_kept_task(tmp_path):
     folder = make_run(tmp_path / "run", some_tasks(400))
-    data, kept = Page(write_report(folder)).data, kept_of(folder)
+    data, kept = Page(write_report(folder, Filters())).data, kept_of(folder)
     assert len(kept) == 300
     for column in ("instruction", "input", "output"):
         assert data[column] == [line[column] for line in kept]
@@ -88,7 +89,7 @@ def test_what_a_model_wrote_stays_text(tmp_path):
         task(EVIL[1][1], "punctuation", None),
         task(EVIL[0][1], "output", output=""),
     ]
-    page = Page(write_report(make_run(tmp_path / "<b>run", tasks, seeds=[EVIL[1][0] + "!"])))
+    page = Page(write_report(make_run(tmp_path / "<b>run", tasks, seeds=[EVIL[1][0] + "!"]), Filters()))
     assert [page.data["instruction"], page.data["input"]] == [list(column) for column in zip(*EVIL, strict=True)]
     tags = Counter(tag for tag, _ in page.elements)
     assert [tags[tag] for tag in ("script", "img", "textarea", "head", "body")] == [2, 0, 0, 1, 1]
@@ -99,7 +100,7 @@ def test_what_a_model_wrote_stays_text(tmp_path):
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
-    path = write_report(make_run(tmp_path / "run", some_tasks(40)))
+    path = write_report(make_run(tmp_path / "run", some_tasks(40)), Filters())
     for tag, attributes in Page(path).elements:
         for name in ("src", "href", "action", "srcset"):
             assert attributes.get(name, "#").startswith(("#", "data:image/svg+xml,")), (tag, attributes)
@@ -111,7 +112,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path, monkeypatch, pictures):
     folder = make_run(tmp_path / "run", some_tasks(60))
 
     def written():
-        write_report(folder)
+        write_report(folder, Filters())
         return {
             path.name: path.read_bytes() for path in (folder / "report.html", *sorted((folder / "report").iterdir()))
         }
@@ -124,7 +125,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path, monkeypatch, pictures):
 
 def test_the_numbers_are_those_of_the_files(tmp_path):
     folder = make_run(tmp_path / "run", some_tasks(4000))
-    page, counts = Page(write_report(folder)), json.loads((folder / "statistics.json").read_text())
+    page, counts = Page(write_report(folder, Filters())), json.loads((folder / "statistics.json").read_text())
     assert "3,000 instructions that a model wrote from 2 seed tasks." in page.text
     assert "kept 3,000 75.0% of what was read" in page.text
     for name, count in counts["rejected"].items():
@@ -150,7 +151,7 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
 
 def test_most_and_least_novel(tmp_path):
     tasks = [task(f"Write about item number {n}.", score=n / 100) for n in range(60)]
-    text = Page(write_report(make_run(tmp_path / "run", tasks))).text
+    text = Page(write_report(make_run(tmp_path / "run", tasks), Filters())).text
     novel, rest = text.split("Most novel")[1].split("Least novel")
     assert re.findall(r"0\.\d\d", novel) == [f"{n / 100:.2f}" for n in range(10)]
     assert re.findall(r"0\.\d\d", rest.split("What became")[0]) == [f"{n / 100:.2f}" for n in range(59, 49, -1)]
@@ -167,7 +168,7 @@ def test_why_a_task_was_dropped(tmp_path):
         task("Say it again and again.", "output", None, text="this", output="this"),
         task("Write a poem about the rain.", "novelty", 0.9231, nearest="Write a poem about rain."),
     ]
-    text = Page(write_report(make_run(tmp_path / "run", tasks))).text
+    text = Page(write_report(make_run(tmp_path / "run", tasks), Filters())).text
     for reason in (
         *("2 words Go on", "draw Please draw the Map", "Write a program Write a program that", "- - a list"),
         *(
@@ -179,17 +180,39 @@ def test_why_a_task_was_dropped(tmp_path):
         assert reason in text
 
 
+@pytest.mark.parametrize(
+    ("filters", "tasks", "reasons"),
+    [
+        (
+            Filters(["Go to", "poem"]),
+            [task("Draw me a poem.", "banned_word", None), task("Please go \n to bed.", "banned_word", None)],
+            ["poem Draw me a poem.", "go to Please go to bed.", "three words or fewer"],
+        ),
+        (
+            Filters(["图片"], language="zh"),
+            [task("你好", "length", None), task("描述这张图片的内容。", "banned_word", None)],
+            ["2 characters 你好", "图片 描述这张图片的内容。", "three characters or fewer, or more than 150"],
+        ),
+    ],
+)
+def test_the_reasons_are_those_of_the_run(tmp_path, filters, tasks, reasons):
+    """They were looked for with the usual banned words: "Draw", where the run had dropped the task for "poem"; and a
+    Chinese instruction was always one word."""
+    text = Page(write_report(make_run(tmp_path / "run", tasks), filters)).text
+    assert [reason for reason in reasons if reason not in text] == []
+
+
 def test_a_run_that_kept_nothing(tmp_path):
     """A weak model's run: what was dropped, and why, is all there is to see."""
     folder = make_run(tmp_path / "run", [task("No.", "length", None)] * 5, seeds=(), ended="max_stall")
-    page = Page(write_report(folder))
+    page = Page(write_report(folder, Filters()))
     assert "0 instructions that a model wrote. The run ended because too many requests in a row" in page.text
     assert "length 5 (100.0%)" in page.text
     assert page.data["instruction"] == []
 
 
 def test_a_run_that_has_only_begun(tmp_path):
-    page = Page(write_report(make_run(tmp_path / "run", [], ended=None)))
+    page = Page(write_report(make_run(tmp_path / "run", [], ended=None), Filters()))
     assert "0 instructions that a model wrote from 2 seed tasks. The run has not ended yet." in page.text
 
 
@@ -198,16 +221,16 @@ def test_a_run_that_has_only_begun(tmp_path):
 
 def test_what_was_never_committed_does_not_count(tmp_path):
     folder = make_run(tmp_path / "run", some_tasks(40))
-    before = write_report(folder).read_bytes()
+    before = write_report(folder, Filters()).read_bytes()
     for name in ("machine_generated_instructions.jsonl", "requests.jsonl"):
         lines = (folder / name).read_text()
         (folder / name).write_text(lines + lines.splitlines(keepends=True)[0] + '{"instruction": "Cut o')
-    assert write_report(folder).read_bytes() == before
+    assert write_report(folder, Filters()).read_bytes() == before
 
 
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(ValueError, match="no statistics.json in it, so no run"):
-        write_report(tmp_path)
+        write_report(tmp_path, Filters())
 
 
 @pytest.mark.parametrize(
@@ -222,7 +245,7 @@ def test_damage_is_named_with_its_line(tmp_path, old, new, message):
     path = folder / "machine_generated_instructions.jsonl"
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(ValueError, match=message):
-        write_report(folder)
+        write_report(folder, Filters())
 
 
 def test_lines_that_are_gone(tmp_path):
@@ -230,7 +253,7 @@ def test_lines_that_are_gone(tmp_path):
     path = folder / "requests.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ValueError, match="requests.jsonl: 3 lines, but statistics.json speaks of 4"):
-        write_report(folder)
+        write_report(folder, Filters())
 
 
 # ---- the figures
@@ -259,7 +282,7 @@ def test_a_histogram_is_drawn_to_scale():
 
 def test_the_pictures_are_as_large_as_they_say(tmp_path, pictures):
     folder = make_run(tmp_path / "run", some_tasks(40))
-    write_report(folder)
+    write_report(folder, Filters())
     for name, (width, height) in SIZES.items():
         head = (folder / "report" / name).read_bytes()[:24]
         assert head[:8] == b"\x89PNG\r\n\x1a\n"
@@ -271,5 +294,5 @@ def test_without_matplotlib_there_is_the_page_alone(tmp_path, monkeypatch, pictu
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folder = make_run(tmp_path / "run", some_tasks(8))
-    assert write_report(folder).exists()
+    assert write_report(folder, Filters()).exists()
     assert not (folder / "report").exists()

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from minigpt.selfinstruct.filters import Filters
 from minigpt.selfinstruct.report import write_report
 
 from .reported import EVIL, kept_of, make_run, some_tasks, task
@@ -31,7 +32,7 @@ def page(browser):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     tasks = [task(instruction, text=text, output=text + "x" * 400) for instruction, text in EVIL]
-    return write_report(make_run(tmp_path_factory.mktemp("report") / "run", [*some_tasks(400), *tasks]))
+    return write_report(make_run(tmp_path_factory.mktemp("report") / "run", [*some_tasks(400), *tasks]), Filters())
 
 
 def visit(page, path, width=1200, hash=""):
@@ -172,7 +173,7 @@ def test_everything_has_a_name(page, report):
 @pytest.mark.slow
 def test_fifty_thousand_tasks_stay_usable(page, tmp_path):
     """The bounds are those of a slow machine: some times of what was measured."""
-    path = write_report(make_run(tmp_path / "run", some_tasks(66_668)))
+    path = write_report(make_run(tmp_path / "run", some_tasks(66_668)), Filters())
     began = time.perf_counter()
     visit(page, path)
     opened = time.perf_counter() - began
