@@ -18,7 +18,7 @@ from typing import Literal
 
 from minigpt.arguments import ModelArguments, PromptArguments, SamplingArguments, ServeArguments, require
 from minigpt.config import run
-from minigpt.distributed import pick_device
+from minigpt.distributed import pick_device, world_size
 from minigpt.inference.terminal import Terminal
 
 
@@ -35,9 +35,9 @@ class ChatConfig(SamplingArguments, ModelArguments, PromptArguments, ServeArgume
     stop_blank_line: bool = False
     """End an answer at its first blank line, for models that were trained without an end-of-text token."""
     bf16: bool = False
-    """Weights in bfloat16: half the memory, faster where it is built in. The cost in perplexity is shown."""
+    """Weights in bfloat16: half of their memory, faster where it is built in. The cost in perplexity is shown."""
     quantize: Literal["int8"] | None = None
-    """Weights in 8 bits: a quarter of the memory and the fastest on a CPU. The cost in perplexity is shown."""
+    """Weights in 8 bits: a quarter of their memory, and the fastest on a CPU. The cost in perplexity is shown."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +51,8 @@ class ChatConfig(SamplingArguments, ModelArguments, PromptArguments, ServeArgume
 
 
 def main(config: ChatConfig) -> None:
+    if world_size() > 1:
+        raise ValueError("a chat needs one process alone: start it with python")
     name = require(config, "model_name_or_path", "a folder or a hub id, such as runs/sft/export")
     # Imported here, so that --help and such errors need not wait for torch. What it brings stays, and each collection
     # of garbage would walk all of it: a seventh of the time to the first token.

@@ -6,7 +6,7 @@ The docstring under a field is its help text; `minigpt.config` turns all of it i
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")  # names under which a machine reaches itself, and nobody else it
@@ -125,6 +125,8 @@ class ServeArguments:
                 raise ValueError(f"--host {self.host} lets other machines in: it needs --api_key or MINIGPT_API_KEY")
             if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
                 raise ValueError("--api_key must be of printable ASCII characters, because it travels in a header")
+        elif given := [own.name for own in fields(ServeArguments) if getattr(self, own.name) != own.default]:
+            raise ValueError(f"--{given[0]} goes with --serve")
 
 
 @dataclass
@@ -214,7 +216,8 @@ class TrainConfig:
     per_device_eval_batch_size: int = 8
     """Examples of one forward pass in an evaluation, on each device."""
     logging_steps: int = 10
-    """Print a line every so many steps where the output is not a terminal; metrics.jsonl has every step."""
+    """Print a line every so many steps where standard error is not a terminal, which shows a bar instead;
+    metrics.jsonl has every step."""
     report_to: list[Literal["none", "tensorboard", "wandb"]] = field(default_factory=list)
     """Send every step's numbers there, too. TensorBoard's files lie in output_dir/tensorboard."""
     seed: int = 42

@@ -90,7 +90,7 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {error.strerror}"
     if isinstance(error, RuntimeError) and ("gloo" in message or "NCCL" in message):
-        return "another rank is gone; what it said, if anything, says why (--resume auto goes on from a checkpoint)"
+        return "another rank is gone; what it said, if anything, says why (training goes on with --resume auto)"
     if message and isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, OtherRankFailed)):
         return message
     return f"{type(error).__name__}: {message or 'no message'} (--debug shows the traceback)"

@@ -101,7 +101,7 @@ def claim(folder: Path, lock: IO[str], otherwise: str) -> None:
 
     Raises `FileExistsError` where another process has it; `otherwise` is what else the user may do than to wait.
     """
-    import fcntl  # not on Windows, where all but training and self-instruct runs
+    import fcntl  # here, because Windows has none, and chat.py, which claims no folder, runs there
 
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minigpt.arguments import PromptArguments, SamplingArguments, TrainConfig, require
+from minigpt.arguments import PromptArguments, SamplingArguments, ServeArguments, TrainConfig, require
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,23 @@ def test_what_no_model_can_draw_by_is_refused_at_the_start(changes, message):
     with pytest.raises(ValueError) as error:
         SamplingArguments(**changes)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "changes", [{"host": "::1"}, {"port": 0}, {"api_key": "k"}, {"max_batch_size": 1}, {"max_queue": 0}], ids=str
+)
+def test_settings_of_a_server_are_refused_where_there_is_none(changes):
+    """`chat.py --port 9000` opened a chat in the terminal, and whoever asked at the port found nobody."""
+    [name] = changes
+    with pytest.raises(ValueError, match=f"^--{name} goes with --serve$"):
+        ServeArguments(**changes)
+    assert getattr(ServeArguments(serve=True, **changes), name) == changes[name]
+
+
+def test_a_key_in_the_environment_is_no_flag(monkeypatch):
+    monkeypatch.setenv("MINIGPT_API_KEY", "k")
+    assert ServeArguments().api_key is None
+    assert ServeArguments(serve=True).api_key == "k"
 
 
 def test_edges_of_the_ranges_are_in():

@@ -321,6 +321,12 @@ def small_model(work):
     Tokenizer.tiny().save_pretrained(work.folder / "small")
 
 
+def test_a_chat_is_one_process(work):
+    """Under torchrun each rank read the questions, and all answered."""
+    code, message = work.bad("chat.py", "--model_name_or_path", "model", "--prompt", "Hi", WORLD_SIZE="2", RANK="0")
+    assert (code, message) == (1, "a chat needs one process alone: start it with python")
+
+
 def test_debug_shows_the_traceback(work):
     done = work("sft.py", "--model_name_or_path", "./none", "--debug")
     assert done.code == 1

@@ -35,11 +35,9 @@ def mark_example(
     tokenizer: Tokenizer,
     max_seq_length: int,
     train_on_prompt: bool = False,
-    color: bool | None = None,
 ) -> str:
     """One example as text: in colour on a terminal, else `[supervised]` and `{cut: ...}` in brackets."""
-    if color is None:
-        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
     fitted = fit_example(messages, template, tokenizer, max_seq_length, train_on_prompt)
     spans: list[tuple[str, list[int]]] = [("cut", fitted.cut_left)]
     if fitted.example is not None:

@@ -56,7 +56,7 @@ def replay_rows(size: int, count: int, seed: int, step: int) -> np.ndarray:
     return np.array([_replay_order(size, seed, place // size)[place % size] for place in places.tolist()], np.int64)
 
 
-@lru_cache(maxsize=2)  # a step reaches into the next round at most
+@lru_cache(maxsize=1)  # a step begins in the round where the one before ended
 def _replay_order(size: int, seed: int, round: int) -> np.ndarray:
     return np.random.default_rng([seed, round, 1]).permutation(size)
 

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,6 @@ class Conversation:
 def read_records(
     paths: Paths,
     *,
-    split_turns: bool = True,
     skip_bad_records: int = 0,
     bad_records: list[str] | None = None,
     on_bytes: OnBytes | None = None,
@@ -59,8 +57,6 @@ def read_records(
 
     Args:
         paths: one or several: .json, .jsonl, .txt (each also .gz), .parquet. A .txt file is one text message.
-        split_turns: a record's "text" is split where turn markers are found in it (`Human:` and `HugChat:`,
-            `<human>:` and `<bot>:`); else it stays one text message.
         skip_bad_records: how many records that cannot be used are left out; the next one stops the reading.
         bad_records: a list that receives the message of each record left out.
         on_bytes: is called with the number of bytes read from the files since the last call.
@@ -78,8 +74,7 @@ def read_records(
             if is_raw_text(path):
                 yield Conversation([_text_message("".join(read_text(path, on_bytes)))], f"{path}:1")
                 continue
-            convert = partial(_conversations, split_turns=split_turns)
-            for source, found in _read(path, convert, skip_bad_records, bad_records, on_bytes):
+            for source, found in _read(path, _conversations, skip_bad_records, bad_records, on_bytes):
                 for messages in found:
                     yield Conversation(messages, source)
 
@@ -142,7 +137,7 @@ def _text(record: dict[str, Any]) -> str:
     return _string(record, "text")
 
 
-def _conversations(record: dict[str, Any], split_turns: bool) -> list[list[Message]]:
+def _conversations(record: dict[str, Any]) -> list[list[Message]]:
     """The conversations of one record: one, or as many as a seed task has instances."""
     if "messages" in record:
         return [_from_messages(record, "messages")]
@@ -157,7 +152,7 @@ def _conversations(record: dict[str, Any], split_turns: bool) -> list[list[Messa
         return [_exchange(_string(record, "prompt"), _string(record, answer))]
     if "text" in record:
         text = _string(record, "text")
-        return [(split_turns and _from_turns(text)) or [_text_message(text)]]
+        return [_from_turns(text) or [_text_message(text)]]
     if "input" in record:
         return [_exchange(_string(record, "input"), _string(record, "output"))]
     raise ValueError(_unknown_format(record))

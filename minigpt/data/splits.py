@@ -27,7 +27,10 @@ def read_text(config: DataArguments, paths: Sequence[str], tokenizer: Tokenizer)
 def split_conversations(
     config: DataArguments, encoding: Encoding, seed: int
 ) -> tuple[TokenStore | Subset, TokenStore | Subset | None]:
-    """What to train on, and what to evaluate on: `validation_data`, or some of `data`'s examples drawn at random."""
+    """What to train on, and what to evaluate on: `validation_data`, or some of `data`'s examples drawn at random.
+
+    The draw's `seed` is no setting of the data's, but of the whole run's.
+    """
     examples = read_conversations(config, config.data, encoding)
     if config.validation_data:
         return examples, read_conversations(config, config.validation_data, encoding)

@@ -173,12 +173,12 @@ def build_store(
                 writer.dropped += 1
             else:
                 writer.add(fitted.example.ids, fitted.example.supervised, fitted.prompt_length)
-        writer.bad_records = len(bad)
-        if not writer.lengths:
+        if writer.dropped and not writer.lengths:
             raise ValueError(
                 f"{', '.join(map(str, paths))}: none of the {writer.dropped} records has a supervised token within "
                 f"--max_seq_length {max_seq_length}; raise it, or look at them with --inspect 3"
             )
+        writer.end(paths, bad)
 
     return _open(key, tokenizer, files, fill, cache_dir)
 
@@ -189,6 +189,9 @@ def build_text_store(
     """The store of raw text: every document verbatim, an end-of-text token after each.
 
     A document is encoded in pieces that are cut where the tokenizer always cuts, so a file of any size will do.
+
+    Raises:
+        ValueError: a bad record, named with its file and line; or there is no other.
     """
     files = find_data_files(paths)
     key = _key(files, "text", tokenizer.fingerprint, skip_bad_records)
@@ -201,7 +204,7 @@ def build_text_store(
             for piece in document:
                 writer.extend(tokenizer.encode(piece))
             writer.add([tokenizer.eot_id], [True])
-        writer.bad_records = len(bad)
+        writer.end(paths, bad)
 
     return _open(key, tokenizer, files, fill, cache_dir)
 
@@ -319,6 +322,13 @@ class _Writer:
         self.lengths.append(self.begun)
         self.prompt_lengths.append(prompt_length)
         self.begun = 0
+
+    def end(self, paths: Sequence[str], bad_records: Sequence[str]) -> None:
+        """Counts the bad records; a `ValueError` that names the first one where there was nothing else."""
+        self.bad_records = len(bad_records)
+        if not self.lengths:
+            bad = f" but bad records ({len(bad_records)}), the first {bad_records[0]}" if bad_records else ""
+            raise ValueError(f"{', '.join(map(str, paths))}: nothing{bad}")
 
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         self.bar.close()

@@ -158,7 +158,8 @@ def predict_file(
     Args:
         name: the model's, for scores and page.
         overwrite: answer anew.
-        compare_with: a folder of the same questions' answers, which the page shows beside these.
+        compare_with: a folder of the same questions' answers, which the page shows beside these. It is kept in
+            scores.json: where the answers are not given anew, the page goes on showing it.
         judge: marks the answers, see `mark_answers`; what it said is kept in judgements.jsonl.
 
     Raises:
@@ -173,21 +174,28 @@ def predict_file(
     if not conversations:
         raise ValueError(f"{path}: no question in it")
     questions = [(found.messages[:-1], found.messages[-1]["content"].strip()) for found in conversations]
-    others = [read_run(Path(compare_with))] if compare_with else []
-    for other in others:
-        check_questions(other, questions, path)
     if given:
         run = read_run(folder)
         if run.name != name:
             raise FileExistsError(f"{target}: the answers of {run.name}; give another --output_dir for those of {name}")
         check_questions(run, questions, path)
         say(f"{target}: is there already, and stays as it is (--overwrite_output_dir answers anew)")
-    else:
+        if not compare_with and (kept := run.scores.get("compare_with")):
+            if (Path(kept) / PREDICTIONS).exists():
+                compare_with = kept
+            else:
+                say(f"{kept}: is gone; the page shows {name} alone (--compare_with names another)")
+    others = [read_run(Path(compare_with))] if compare_with else []
+    for other in others:
+        check_questions(other, questions, path)
+    if not given:
         predictions = predict(
             model, tokenizer, template, conversations, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
         scores = {"model": name, "data": path, **score(predictions)._asdict()}
         run = Run(name, folder, [prediction._asdict() for prediction in predictions], scores)
+    if compare_with:
+        run = run._replace(scores={**run.scores, "compare_with": compare_with})
     write_run(run, path, others)
     say(f"{target}: {Scores(*(run.scores[name] for name in Scores._fields))}")
     if judge:

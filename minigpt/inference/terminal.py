@@ -3,6 +3,7 @@
 Answers go to standard output and all else to standard error, so that a script may pipe questions in and answers out.
 """
 
+import json
 import os
 import re
 import sys
@@ -196,8 +197,9 @@ class Terminal:
         messages, more = load_messages(name)
         self.chat.load(messages)
         self._dropped = 0
-        if not more:  # a file of many conversations is data, and no chat to be written over
-            self._own_files.add(Path(name).expanduser().absolute())
+        path = Path(name).expanduser().absolute()
+        if not more and _is_saved(path, messages):
+            self._own_files.add(path)
         note(f"{name}: {_turns(self.chat)}{', the first conversation of the file' if more else ''}")
 
     def params(self, text: str) -> None:
@@ -296,6 +298,14 @@ def tell(text: str) -> None:
 def _turns(chat: "Chat") -> str:
     turns = len(chat.messages) // 2
     return f"{turns} turn{'s' * (turns != 1)}{', system text' if chat.system else ''}"
+
+
+def _is_saved(path: Path, messages: list) -> bool:
+    """Whether a file is what /save makes of these messages: any other is data, and no chat to be written over."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) == {"messages": messages}
+    except (OSError, ValueError):  # a pattern of names, or an address of the hub; another format
+        return False
 
 
 def _shortened(text: str) -> str:

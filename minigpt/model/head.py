@@ -81,4 +81,6 @@ def _loss_and_gradients(
                 d_weight.addmm_(d_logits.t(), chunk)  # (V,n) @ (n,C) -> (V,C)
             else:  # summed in fp32: in half precision the error would grow with every chunk
                 d_weight += d_logits.t() @ chunk
+            del d_logits
+        del logits  # or the next chunk's stood beside them: 134 MB of GPT-2's
     return nll_sum, d_hidden, d_weight

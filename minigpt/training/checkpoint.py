@@ -55,7 +55,7 @@ def save_checkpoint(run: Path, step: int, engine: Engine, progress: dict[str, An
                     raise OSError("too little space")
         engine.save(temporary)
         with all_or_none():
-            _save_random_state(temporary / f"rng-{rank()}.safetensors")
+            _save_random_state(temporary / f"rng-{rank()}.safetensors", engine.device)
         with all_or_none():
             if is_main():
                 content = {**progress, "step": step, "world_size": world_size()}
@@ -89,7 +89,7 @@ def load_checkpoint(folder: Path, engine: Engine, seed: int) -> dict[str, Any]:
     progress = read_json(folder / TRAINER)
     engine.load(folder)
     if progress["world_size"] == world_size():
-        _load_random_state(folder / f"rng-{rank()}.safetensors")
+        _load_random_state(folder / f"rng-{rank()}.safetensors", engine.device)
     else:
         torch.manual_seed((seed + rank() + progress["step"] * world_size()) % 2**63)
     return progress
@@ -204,22 +204,22 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _save_random_state(path: Path) -> None:
+def _save_random_state(path: Path, device: torch.device) -> None:
     from safetensors.torch import save_file
 
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":  # which need not be the process's current one
+        states["cuda"] = torch.cuda.get_rng_state(device)
     save_file(states, path)
 
 
-def _load_random_state(path: Path) -> None:
+def _load_random_state(path: Path, device: torch.device) -> None:
     from safetensors.torch import load_file
 
     states = load_file(path)
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states["cuda"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def export(

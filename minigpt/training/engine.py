@@ -26,6 +26,7 @@ class Engine(Protocol):
     """The contract. Every rank makes the same calls in the same order."""
 
     module: GPT
+    device: torch.device
     checkpoint_bytes: int
     """What `save` writes, over all ranks."""
 

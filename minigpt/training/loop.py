@@ -257,7 +257,7 @@ def train(
                 if preempted:
                     with all_or_none():  # nobody leaves before the file is there: the first to go ends them all
                         leave(output_dir, saved, preemption.heard)
-                    raise Preempted(step)
+                    raise Preempted
 
         # ---- the end
         export_to(EXPORT)

@@ -15,7 +15,7 @@ import numpy as np
 
 from minigpt.arguments import TrainConfig
 from minigpt.model.gpt2 import GPTConfig
-from minigpt.model.head import CHUNK_ELEMENTS
+from minigpt.model.head import CHUNK_ELEMENTS, CHUNK_ROWS
 from minigpt.training.deepspeed_config import deepspeed_config
 from minigpt.training.state import checkpoint_bytes
 
@@ -256,7 +256,7 @@ def _layer_bytes(config: GPTConfig, precision: Precision) -> int:
 def _head_work(config: GPTConfig, tokens: int, precision: Precision) -> int:
     """The most that `linear_cross_entropy` holds: a chunk of logits in forward, or two gradients in backward."""
     C, matrix = config.n_embd, config.vocab_size * config.n_embd
-    logits = min(tokens, max(1, CHUNK_ELEMENTS // config.vocab_size)) * config.vocab_size
+    logits = min(tokens, CHUNK_ROWS, max(1, CHUNK_ELEMENTS // config.vocab_size)) * config.vocab_size
     half = precision != "fp32"
     # hidden states before and after the choice of supervised ones, their gradient, and autocast's copy
     hidden = (12 if precision in ("fp32", "autocast") else 6) * tokens * C

@@ -17,9 +17,8 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run it again
 class Preempted(SystemExit):
     """The run was asked to end, and was saved. Leaves with exit code 75 where nobody catches it."""
 
-    def __init__(self, step: int):
+    def __init__(self) -> None:
         super().__init__(EXIT_CODE)
-        self.step = step
 
 
 class Preemption:

@@ -1,6 +1,8 @@
 """What `--inspect` prints, to the letter."""
 
 import json
+import os
+from unittest.mock import patch
 
 import pytest
 
@@ -17,20 +19,24 @@ LENGTH = len(TOKENIZER.encode(PROMPT))
 ANSWER_LENGTH = len(TOKENIZER.encode("Paris.")) + 1
 
 
-def show(messages, max_seq_length=1000, **options) -> str:
-    return mark_example(messages, IO, TOKENIZER, max_seq_length, **options)
+def show(messages, max_seq_length=1000, *, terminal=False, no_color=None, **options) -> str:
+    with patch("sys.stdout.isatty", return_value=terminal), patch.dict(os.environ):
+        os.environ.pop("NO_COLOR", None)
+        if no_color is not None:
+            os.environ["NO_COLOR"] = no_color
+        return mark_example(messages, IO, TOKENIZER, max_seq_length, **options)
 
 
 def test_brackets_and_colors():
     head = f"{LENGTH + ANSWER_LENGTH} tokens, {ANSWER_LENGTH} supervised, 0 cut\n"
-    assert show([QUESTION, ANSWER], color=False) == f"{head}{PROMPT}[Paris.{END}]"
-    assert show([QUESTION, ANSWER], color=True) == f"{head}{CYAN}{PROMPT}{PLAIN}{GREEN}Paris.{END}{PLAIN}"
+    assert show([QUESTION, ANSWER]) == f"{head}{PROMPT}[Paris.{END}]"
+    assert show([QUESTION, ANSWER], terminal=True) == f"{head}{CYAN}{PROMPT}{PLAIN}{GREEN}Paris.{END}{PLAIN}"
 
 
 def test_several_turns_and_train_on_prompt():
     messages = [QUESTION, ANSWER, QUESTION, ANSWER]
-    assert show(messages, color=False).partition("\n")[2] == f"{PROMPT}[Paris.{END}]\n\n{PROMPT}[Paris.{END}]"
-    whole = show(messages, train_on_prompt=True, color=False).partition("\n")[2]
+    assert show(messages).partition("\n")[2] == f"{PROMPT}[Paris.{END}]\n\n{PROMPT}[Paris.{END}]"
+    whole = show(messages, train_on_prompt=True).partition("\n")[2]
     assert whole == f"[{PROMPT}Paris.{END}\n\n{PROMPT}Paris.{END}]"
 
 
@@ -39,36 +45,28 @@ def test_cut_tokens():
     cut, kept = TOKENIZER.decode(ids[:3]), TOKENIZER.decode(ids[3:])
     head = f"{LENGTH - 3 + ANSWER_LENGTH} tokens, {ANSWER_LENGTH} supervised, 3 cut\n"
     length = LENGTH - 3 + ANSWER_LENGTH - 1
-    assert show([QUESTION, ANSWER], length, color=False) == f"{head}{{cut: {cut}}}{kept}[Paris.{END}]"
-    assert show([QUESTION, ANSWER], length, color=True) == (
+    assert show([QUESTION, ANSWER], length) == f"{head}{{cut: {cut}}}{kept}[Paris.{END}]"
+    assert show([QUESTION, ANSWER], length, terminal=True) == (
         f"{head}{RED}{cut}{PLAIN}{CYAN}{kept}{PLAIN}{GREEN}Paris.{END}{PLAIN}"
     )
-    right = show([QUESTION, ANSWER], ANSWER_LENGTH - 1, color=False)
+    right = show([QUESTION, ANSWER], ANSWER_LENGTH - 1)
     assert right == (
         f"{ANSWER_LENGTH} tokens, {ANSWER_LENGTH - 1} supervised, {LENGTH} cut\n"
         f"{{cut: {TOKENIZER.decode(ids[:-1])}}}{TOKENIZER.decode(ids[-1:])}[Paris.]{{cut: {END}}}"
     )
-    turns = show([QUESTION, ANSWER, QUESTION, ANSWER], LENGTH + ANSWER_LENGTH - 1, color=False)
+    turns = show([QUESTION, ANSWER, QUESTION, ANSWER], LENGTH + ANSWER_LENGTH - 1)
     assert turns.partition("\n")[2] == f"{{cut: {PROMPT}Paris.{END}}}{PROMPT}[Paris.{END}]"
 
 
 def test_a_dropped_example_says_so():
-    assert (
-        show([{"role": "text", "content": ""}], color=False) == "dropped: no supervised token within 1000 positions\n"
-    )
+    assert show([{"role": "text", "content": ""}]) == "dropped: no supervised token within 1000 positions\n"
 
 
-@pytest.mark.parametrize(
-    ("terminal", "no_color", "colored"),
-    [(True, None, True), (True, "", True), (True, "1", False), (True, "0", False), (False, None, False)],
-)
-def test_color_on_a_terminal_unless_no_color_is_set(monkeypatch, terminal, no_color, colored):
+@pytest.mark.parametrize(("no_color", "colored"), [("", True), ("1", False), ("0", False)])
+def test_no_color(no_color, colored):
     """no-color.org: "when present and not an empty string (regardless of its value)"."""
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if no_color is not None:
-        monkeypatch.setenv("NO_COLOR", no_color)
-    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    assert show([QUESTION, ANSWER]) == show([QUESTION, ANSWER], color=colored)
+    shown = show([QUESTION, ANSWER], terminal=True, no_color=no_color)
+    assert shown == show([QUESTION, ANSWER], terminal=colored)
 
 
 def test_the_first_examples_of_files(tmp_path, capsys, monkeypatch):

@@ -178,11 +178,6 @@ def test_formats_may_be_mixed_in_one_file(tmp_path):
     assert read(tmp_path, "\n".join(lines)) == [text("One."), HELLO, HELLO]
 
 
-def test_split_turns_can_be_turned_off(tmp_path):
-    turns = "Human: Hi. \n HugChat: Hello. \n\n"
-    assert read(tmp_path, {"text": turns}, split_turns=False) == [text(turns)]
-
-
 def test_source_names_file_and_line_and_is_not_compared(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('\n{"text": "a"}\n\n{"text": "a"}\n')

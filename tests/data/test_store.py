@@ -128,6 +128,20 @@ def test_nothing_to_learn_is_a_named_error(tmp_path, cache):
     assert list((cache / "stores").iterdir()) == []
 
 
+def test_bad_records_alone_are_named(tmp_path, cache):
+    """Raw text of bad records ended in an IndexError; of conversations, "none of the 0 records" was to be cut less."""
+    path = write(tmp_path / "data.jsonl", [{"a": 1}, "[]"])
+    for build_one in (build, text_store):
+        with pytest.raises(ValueError) as caught:
+            build_one(path, cache, skip_bad_records=2)
+        assert str(caught.value).startswith(f"{path}: nothing but bad records (2), the first {path}:1: ")
+    assert list((cache / "stores").iterdir()) == []
+
+
+def text_store(path, cache, **options):
+    return build_text_store([path], TOKENIZER, cache_dir=cache, **options)
+
+
 # ---- built once (trap 26: a cache that did not notice what it was built from)
 
 

@@ -39,7 +39,7 @@ def serving(model: GPT, template: str = "alpaca", **settings) -> Iterator[Server
     """A server while the block runs; then it is asked to end, and has ended."""
     sampling = asdict(SamplingArguments(max_new_tokens=20))
     asker = Asker(model, Tokenizer.tiny(), get_template(template), sampling)
-    server = Server(asker, NAME, ServeArguments(**{"port": 0, "max_batch_size": 4, **settings}))
+    server = Server(asker, NAME, ServeArguments(serve=True, **{"port": 0, "max_batch_size": 4, **settings}))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -276,6 +276,28 @@ def test_answers_are_marked(write, tmp_path, capsys):
     assert "out/judgements.jsonl: j-1 marks: mean 90.0 of 100, 1 of 8 unreadable\n" in capsys.readouterr().out
 
 
+def test_a_judge_leaves_both_models_on_the_page(write, other, tmp_path, capsys):
+    """The third of the README's commands gives no --compare_with: the page that the second wrote had one model then."""
+    write(ALPACA, folder="before", model=other, name="b/model")
+    write(ALPACA, compare_with=str(tmp_path / "before"))
+    assert read_run(tmp_path / "out").scores["compare_with"] == str(tmp_path / "before")
+
+    def shown() -> list[str]:
+        with serve(lambda number, body: "90") as server:
+            write(ALPACA, model=None, judge=Judge(server.url, "j-1"))
+        data = page_data(tmp_path / "out" / "predictions.html")
+        assert {row["answers"][0]["mark"] for row in data["rows"]} == {90}
+        return [run["name"] for run in data["runs"]]
+
+    assert shown() == ["a/model", "b/model"]
+    (tmp_path / "before").rename(tmp_path / "elsewhere")
+    assert shown() == ["a/model"]
+    assert f"{tmp_path}/before: is gone; the page shows a/model alone" in capsys.readouterr().out
+    write(ALPACA, model=None, compare_with=str(tmp_path / "elsewhere"))
+    assert shown() == ["a/model", "b/model"]
+    assert "compare_with" not in write(ALPACA, overwrite=True).scores
+
+
 def test_answers_outlive_a_judge_that_cannot_be_asked(write, tmp_path):
     with (
         serve(lambda number, body: 401) as server,

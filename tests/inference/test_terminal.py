@@ -162,6 +162,26 @@ def test_save_and_load(terminal, twin, talkers):
     assert terminal.say("Why?") == answer(twin, "Why?")
 
 
+def test_only_a_saved_chat_is_written_over(terminal, talkers):
+    """A file of one conversation, of Alpaca's say, was taken for a chat, and /save wrote its own format over it."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    for name, content in {
+        "alpaca": {"instruction": "Hi", "output": "Ho"},
+        "more": {"messages": messages, "id": 7},
+        "array": [{"messages": messages}],
+        "asked": {"messages": [*messages, messages[0]]},
+        "saved": {"messages": messages},
+    }.items():
+        file = talkers / f"{name}.json"
+        file.write_text(json.dumps(content))
+        assert terminal.say(f"/load {file}") == f"({file}: 1 turn)\n"
+        said = (
+            f"({file}: 1 turn saved)\n" if name == "saved" else f"error: {file}: is there already (give another name)\n"
+        )
+        assert terminal.say(f"/save {file}") == said
+        assert json.loads(file.read_text()) == content
+
+
 def test_params(terminal, twin):
     shown = dict(line.split(maxsplit=1) for line in terminal.say("/params").splitlines())
     assert shown == {

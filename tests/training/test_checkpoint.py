@@ -161,6 +161,30 @@ def test_numbers_in_the_files(folder, tokenizer):
     assert generation == {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
 
 
+# ---- random numbers
+
+
+def test_the_random_numbers_are_those_of_the_runs_device(tmp_path, monkeypatch):
+    """Of `--device cuda:1` under plain python, those of cuda:0 were kept, which is the current device there."""
+    kept = {0: torch.zeros(16, dtype=torch.uint8), 1: torch.arange(16, dtype=torch.uint8)}
+
+    def index(device: object = "cuda") -> int:
+        return torch.device(device).index or 0
+
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": kept[index(device)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": kept.update({index(device): state}))
+    engine = stepped_engine({})
+    engine.device = torch.device("cuda", 1)
+    folder = save_checkpoint(tmp_path, 1, engine, {})
+    drawn = torch.rand(3)
+    kept[1] = torch.ones(16, dtype=torch.uint8)
+    monkeypatch.setattr(engine, "load", lambda folder: None)  # there is no such device here
+    load_checkpoint(folder, engine, seed=0)
+    assert kept[0].tolist() == [0] * 16
+    assert kept[1].tolist() == list(range(16))
+    assert torch.rand(3).equal(drawn)
+
+
 # ---- a full disk
 
 

@@ -23,6 +23,7 @@ SHAPES = [
     GPTConfig(vocab_size=503, n_positions=96, n_embd=768, n_layer=2, n_head=12, **NO_DROPOUT),  # as wide as GPT-2
     GPTConfig(vocab_size=2003, n_positions=32, n_embd=128, n_layer=1, n_head=2, **NO_DROPOUT),  # nearly all head
 ]
+CHUNKS = GPTConfig(vocab_size=8009, n_positions=512, n_embd=64, n_layer=1, n_head=2, **NO_DROPOUT)  # of the head: two
 TINY = GPTConfig(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, **NO_DROPOUT)
 PRECISIONS = ("fp32", "autocast", "bf16")
 
@@ -107,7 +108,7 @@ def test_masks_of_dropout():
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("config", SHAPES, ids=lambda config: f"C{config.n_embd}")
+@pytest.mark.parametrize("config", [*SHAPES, CHUNKS], ids=lambda config: f"C{config.n_embd}")
 def test_a_step_takes_what_was_planned(config, precision, gradient_checkpointing):
     """Gradients and activations, at the worst instant of a window of two micro-batches."""
     model = build(config, precision)
@@ -128,6 +129,13 @@ def test_a_step_takes_what_was_planned(config, precision, gradient_checkpointing
     # A CPU adds bf16 to fp32 through a copy in fp32, of the head's gradient; CUDA converts as it adds.
     slack = 0 if precision == "fp32" else 4 * config.vocab_size * config.n_embd
     assert 0.95 * found - slack <= planned <= 1.1 * found
+
+
+def test_logits_are_counted_as_the_head_holds_them():
+    """At most 1,024 tokens at a time: of a small vocabulary, those of a whole micro-batch were counted."""
+    config = GPTConfig(vocab_size=8009, n_positions=512, n_embd=16, n_layer=1, n_head=1, **NO_DROPOUT)
+    few, many = (activation_bytes(config, rows, 512, "fp32") for rows in (2, 4))
+    assert few > 2 * 4 * 1024 * 8009 > 10 * (many - few) > 0
 
 
 def rank_memory(stage: int, bf16: bool, file: Path) -> tuple[float, float]:

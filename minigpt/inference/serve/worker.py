@@ -47,7 +47,7 @@ class Job:
 
 
 class Worker:
-    """Decodes for whoever asks, until it is closed.
+    """Decodes for whoever asks, until `end`.
 
     Args:
         model: in eval mode.
