@@ -81,10 +81,9 @@ class _Search:
         if not self.sampling.stop:
             return False
         assert self.tokenizer  # check_sampling asks for it
+        # What ended before min_new_tokens came too early, and counts no more.
         before, text = self.tokenizer.decode(new[:-1]), self.tokenizer.decode(new)
-        return any(
-            text.count(stop) > before.count(stop) for stop in self.sampling.stop
-        )  # not those that came too early
+        return any(text.count(stop) > before.count(stop) for stop in self.sampling.stop)
 
 
 def search(

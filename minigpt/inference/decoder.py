@@ -124,9 +124,10 @@ class Decoder:
 
 
 def without_gradients(model: GPT) -> torch.no_grad | torch.inference_mode:
-    """The context to answer in: inference_mode, the faster one, where the weights never learn. Where they do, it would
-    leave weights under ZeRO-3 that backward cannot use."""
-    return torch.no_grad() if model.wpe.weight.requires_grad else torch.inference_mode()
+    """The context to answer in: inference_mode, the faster one, where no weight learns. Where one does, it would leave
+    weights under ZeRO-3 that backward cannot use."""
+    learns = any(parameter.requires_grad for parameter in model.parameters())
+    return torch.no_grad() if learns else torch.inference_mode()
 
 
 def positions_of(places: Sequence[int], device: torch.device) -> Tensor:
