@@ -61,9 +61,10 @@ def main(config: SFTConfig) -> None:
     from minigpt.inference.judge import Judge
     from minigpt.inference.predict import predict_file, show_answers
     from minigpt.model.gpt2 import GPT, GPTConfig
-    from minigpt.training.checkpoint import export
+    from minigpt.training.checkpoint import export, find_checkpoint
     from minigpt.training.engine import check_engine, make_engine
     from minigpt.training.loop import evaluate, perplexity, train
+    from minigpt.training.machine import fit_to_machine
     from minigpt.training.plan import plan
     from minigpt.training.run import run_folder
 
@@ -105,6 +106,7 @@ def main(config: SFTConfig) -> None:
         return
     if config.eval_only:
         data = read_conversations(config, config.data, encoding)
+        fit_to_machine(config, device)
         with closing(make_engine(GPT.from_pretrained(name, revision, device=device), config)) as engine:
             loss = evaluate(engine, data, config.per_device_eval_batch_size)
         if not math.isfinite(loss):
@@ -120,6 +122,7 @@ def main(config: SFTConfig) -> None:
         replay_data = None
         if config.replay_data:
             replay_data = Blocks(read_text(config, config.replay_data, tokenizer), max_seq_length)
+        fit_to_machine(config, device, find_checkpoint(folder, config.resume))
         if config.plan:
             replayed = replay_data.lengths if replay_data else ()
             say(plan(config, model_config, train_data.lengths, replayed, config.replay_ratio).table())

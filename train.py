@@ -51,9 +51,10 @@ def main(config: PretrainConfig) -> None:
     from minigpt.data.tokenizer import GPT2, Tokenizer
     from minigpt.inference.predict import show_text
     from minigpt.model.gpt2 import GPT, GPTConfig
-    from minigpt.training.checkpoint import export
+    from minigpt.training.checkpoint import export, find_checkpoint
     from minigpt.training.engine import check_engine, make_engine
     from minigpt.training.loop import train
+    from minigpt.training.machine import fit_to_machine
     from minigpt.training.plan import plan
     from minigpt.training.run import run_folder
 
@@ -82,6 +83,7 @@ def main(config: PretrainConfig) -> None:
 
         # ---- data
         train_data, eval_data = split_text(config, tokenizer, block_size, config.stride)
+        fit_to_machine(config, device, find_checkpoint(folder, config.resume))
         if config.plan:
             say(plan(config, model_config, train_data.lengths).table())
             return

@@ -160,6 +160,8 @@ class PredictArguments:
 class TrainConfig:
     """What the loop and the optimizer read."""
 
+    ALTERNATIVES = ("precision", "bf16", "fp16")  # one of them as a flag: what a YAML file says of all three is void
+
     output_dir: str | None = None
     """Folder the run is written to. Unset: runs/SCRIPT."""
     overwrite_output_dir: bool = False
@@ -203,6 +205,9 @@ class TrainConfig:
     """The gradient is scaled down to this norm where it is longer; inf never does."""
     dropout: float | None = None
     """Dropout everywhere in the model. Unset: as its config.json says."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    """auto: bf16 if this machine computes it at least as fast as fp32 (a product is timed), else fp32; a resumed run
+    keeps its own. Unset: as bf16 and fp16 say, else fp32."""
     bf16: bool = False
     """Compute in bfloat16; weights and optimizer stay fp32."""
     fp16: bool = False
@@ -226,6 +231,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.fp16 and self.bf16:
             raise ValueError("--fp16 and --bf16 are two ways to compute: give one")
+        if self.precision is not None and (self.fp16 or self.bf16):
+            flag = "--fp16" if self.fp16 else "--bf16"
+            raise ValueError(f"--precision {self.precision} and {flag} both say how to compute: give one")
+        if self.precision not in (None, "auto"):  # from here on, the two switches say it
+            self.fp16, self.bf16, self.precision = self.precision == "fp16", self.precision == "bf16", None
         if self.resume and self.overwrite_output_dir:
             raise ValueError("--resume goes on with a run, --overwrite_output_dir ends it: give one")
         check_range(

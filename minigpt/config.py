@@ -37,6 +37,7 @@ import yaml
 
 from minigpt.distributed import OtherRankFailed, is_main, rank, world_size
 from minigpt.files import whole_file
+from minigpt.hardware import set_thread_waiting
 from minigpt.version import __version__
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ def run(main: Callable[[T], None], config_class: type[T]) -> None:
     Exit codes: 0 done, 1 `main` failed, 2 the command line or the YAML file is wrong, 75 asked to end, and saved,
     130 Ctrl-C.
     """
+    set_thread_waiting()
     code: int | str | None = 2
     try:
         try:
@@ -129,6 +131,9 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None) -> T:
 
     flags = {name: value for group in found.values() if isinstance(group, dict) for name, value in group.items()}
     values = _read_yaml(Path(_from_words("config", found["config"], str)), hints) if "config" in found else {}
+    alternatives = getattr(config_class, "ALTERNATIVES", ())
+    if not flags.keys().isdisjoint(alternatives):
+        values = {name: value for name, value in values.items() if name not in alternatives}
     for name, words in flags.items():
         values[name] = words if isinstance(words, bool) else _from_words(name, words, hints[name])
     config = config_class(**values)

@@ -147,7 +147,9 @@ def killed_at(step: int, place: str) -> Callable[[Engine, Path], None]:
             elif place == "optimizer":
                 engine.step = _then(engine.step, die)
             elif place == "line":
-                metrics.Metrics.log = lambda self, line: _then(_half_of_a_line, die)(self, line) if self.file else None
+                metrics.Metrics.log = lambda self, line, _: (
+                    _then(_half_of_a_line, die)(self, line) if self.file else None
+                )
             elif place == "metrics":
                 metrics.Metrics.log = _then(metrics.Metrics.log, die)
             elif place == "export":

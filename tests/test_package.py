@@ -14,7 +14,7 @@ import minigpt
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [name for name in ("train", "sft", "selfinstruct", "chat") if (ROOT / f"{name}.py").exists()]
-GROUND = {"config", "arguments", "files", "distributed", "version"}
+GROUND = {"config", "arguments", "files", "distributed", "hardware", "version"}
 STANDS_ON = {  # besides the ground, and besides itself
     "ground": set(),
     "data": set(),

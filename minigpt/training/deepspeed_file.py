@@ -118,7 +118,8 @@ class DeepSpeedFile:
         if value != current:
             if name in self.agreed:
                 raise self.error(f"{stated} contradicts {self.agreed[name]}")
-            if is_given(self.config, name):
+            precision = name in TrainConfig.ALTERNATIVES and is_given(self.config, "precision")
+            if precision or is_given(self.config, name):
                 raise self.error(f'{stated} contradicts {_flag(name, current)} (drop one of them, or write "auto")')
             setattr(self.config, name, value)
             try:

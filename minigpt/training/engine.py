@@ -18,6 +18,7 @@ from minigpt.arguments import TrainConfig
 from minigpt.data.collate import Batch
 from minigpt.distributed import all_or_none, is_main, start_process_group, world_size
 from minigpt.model.gpt2 import GPT, GPTConfig
+from minigpt.training.machine import fit_to_machine
 from minigpt.training.optim import StepInfo, make_optimizer
 from minigpt.training.state import MOMENTS, State, checkpoint_bytes, read_state, write_state
 
@@ -142,6 +143,8 @@ def make_engine(model: GPT, config: TrainConfig) -> Engine:
     Raises:
         ValueError: the DeepSpeed file contradicts a flag, or the device cannot compute in fp16.
     """
+    if config.precision == "auto":
+        fit_to_machine(config, str(next(model.parameters()).device))
     model.gradient_checkpointing = config.gradient_checkpointing
     if config.deepspeed or config.fp16:
         from minigpt.training.deepspeed_engine import DeepSpeedEngine

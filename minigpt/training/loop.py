@@ -160,7 +160,12 @@ def train(
     with (
         Preemption(listen=output_dir is not None) as preemption,
         Metrics(
-            output_dir, total_steps, config.logging_steps, first_step, Reports(config, output_dir, first_step)
+            output_dir,
+            total_steps,
+            config.logging_steps,
+            first_step,
+            Reports(config, output_dir, first_step),
+            eval_steps if eval_data else None,
         ) as metrics,
     ):
         engine.module.train()
@@ -212,6 +217,7 @@ def train(
             # ---- metrics and evaluation
             losses.append(loss)
             tokens = int(lengths[rows].sum()) - len(rows)
+            step_seconds = time.perf_counter() - step_started
             result.steps, result.epochs = step, step / steps_per_epoch
             result.tokens += tokens
             result.supervised_tokens += n_tokens
@@ -222,7 +228,7 @@ def train(
                 "lr": lr,
                 "grad_norm": info.grad_norm,
                 "tokens": result.tokens,
-                "tokens_per_s": round(tokens / (time.perf_counter() - step_started), 1),
+                "tokens_per_s": round(tokens / step_seconds, 1),
             }
             if config.fp16:
                 line |= {"loss_scale": info.loss_scale, "skipped": info.skipped}
@@ -234,7 +240,7 @@ def train(
                     reason = f"the validation loss is {val_loss}"
                     raise FloatingPointError(_why_not_finite(engine.module, step, reason, lr, losses))
                 result.val_loss = line["val_loss"] = val_loss
-            metrics.log(line)
+            metrics.log(line, step_seconds)
             if "val_loss" in line:
                 show_samples(step)
                 if result.best_val_loss is None or line["val_loss"] < result.best_val_loss:

@@ -4,7 +4,9 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import time
+from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,11 +14,16 @@ from minigpt.distributed import is_main, progress_bar, say
 from minigpt.training.report_to import Reports, numbers_of
 from minigpt.training.run import LOSS_PICTURE, METRICS
 
+TIMED_STEPS = 200  # the newest, of which the median is the time of a step
+FIRST_ESTIMATE = 5.0  # seconds of steps until the time left is worth a line of its own
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's own time left counts pauses
+
 
 class Metrics:
     """Writes each step's numbers on rank 0, into `folder` if there is one. A context manager: the end draws.
 
     A run that goes on after `first_step` steps appends to what it wrote before. `reports` get the same numbers.
+    `eval_steps`: how often there is an evaluation, which the time left includes.
     """
 
     def __init__(
@@ -26,11 +33,16 @@ class Metrics:
         logging_steps: int,
         first_step: int = 0,
         reports: Reports | None = None,
+        eval_steps: int | None = None,
     ):
         self.total_steps = total_steps
         self.logging_steps = logging_steps
         self.first_step = first_step
         self.reports = reports
+        self.eval_steps = eval_steps
+        self.step_seconds: deque[float] = deque(maxlen=TIMED_STEPS)
+        self.eval_seconds = 0.0  # of the last evaluation
+        self.estimated = False
         self.folder = folder if is_main() else None
         self.file: IO[str] | None = None
 
@@ -38,7 +50,8 @@ class Metrics:
         if self.folder is not None:
             self.file = open(self.folder / METRICS, "a", encoding="utf-8")
         self.bar = progress_bar(self.total_steps, "step", "training", initial=self.first_step)
-        self.started = time.perf_counter()
+        self.bar.bar_format = BAR
+        self.mark = time.perf_counter()
         return self
 
     def evaluated(self, val_loss: float) -> None:
@@ -47,10 +60,18 @@ class Metrics:
         say(f"step 0/{self.total_steps:,}  val_loss {val_loss:.4f}")
         if self.reports is not None:
             self.reports.log(0, numbers_of({"val_loss": val_loss}))
-        self.started = time.perf_counter()
+        self.eval_seconds, self.mark = time.perf_counter() - self.mark, time.perf_counter()
 
-    def log(self, line: dict[str, Any]) -> None:
-        """A step: all of it to the file, the bar moved on, a line printed where one is due."""
+    def log(self, line: dict[str, Any], seconds: float) -> None:
+        """A step: all of it to the file, the bar moved on, a line printed where one is due.
+
+        `seconds` are the step's own; an evaluation that followed it is the rest of the time since the last call.
+        """
+        first = line["step"] == self.first_step + 1
+        if not first:  # which prepares kernels and memory
+            self.step_seconds.append(seconds)
+        if "val_loss" in line:
+            self.eval_seconds = time.perf_counter() - self.mark - seconds
         if self.file is not None:
             finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
             self.file.write(json.dumps(finite) + "\n")  # JSON knows no infinity, which an overflow in fp16 is
@@ -59,20 +80,33 @@ class Metrics:
         if self.reports is not None:
             self.reports.log(step, numbers_of(line))
         text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad {line['grad_norm']:.2f}"
-        self.bar.set_postfix_str(f"{text}  {line['tokens_per_s']:,.0f} tok/s", refresh=False)
-        self.bar.update(step - self.bar.n)
         evaluated = f"  val_loss {line['val_loss']:.4f}" if "val_loss" in line else ""
-        left = (time.perf_counter() - self.started) / (step - self.first_step) * (self.total_steps - step)
-        if evaluated or (self.bar.disable and (step % self.logging_steps == 0 or step == self.first_step + 1)):
+        left = "" if first and step < self.total_steps else f"  {_clock(self._seconds_left(step))} left"
+        speed = f"{line['tokens_per_s']:,.0f} tok/s{left}"
+        self.bar.set_postfix_str(f"{text}  {speed}", refresh=False)
+        self.bar.update(step - self.bar.n)
+        due = step % self.logging_steps == 0 or first
+        if not (self.estimated or first) and sum(self.step_seconds) > FIRST_ESTIMATE:
+            due = self.estimated = True
+        if evaluated or (self.bar.disable and due):
             self.bar.clear()
             scale = f"  scale {line['loss_scale']:g}" if "loss_scale" in line else ""
             skipped = "  skipped" if line.get("skipped") else ""
-            say(
-                f"step {step:,}/{self.total_steps:,}  {text}{scale}{skipped}{evaluated}  "
-                f"{line['tokens_per_s']:,.0f} tok/s  {_clock(left)} left"
-            )
+            say(f"step {step:,}/{self.total_steps:,}  {text}{scale}{skipped}{evaluated}  {speed}")
         if evaluated and self.folder is not None:
             draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
+        self.mark = time.perf_counter()
+
+    def _seconds_left(self, step: int) -> float:
+        """Of the steps to come, each as long as the median of the newest ones, and of their evaluations.
+
+        The median and not the mean, which the first step or a pause would falsify for the rest of the run.
+        """
+        evaluations = 0
+        if self.eval_steps:
+            evaluations = math.ceil(self.total_steps / self.eval_steps) - step // self.eval_steps
+        steps = self.total_steps - step
+        return steps and steps * statistics.median(self.step_seconds) + evaluations * self.eval_seconds
 
     def bytes_on_disk(self) -> int:
         """Length of metrics.jsonl, which a checkpoint records. A run that goes on from there tells nothing twice, so

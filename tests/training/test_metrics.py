@@ -12,12 +12,34 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
         metrics.evaluated(4.0)
         for step in range(1, 6):
             line = {"step": step, "loss": 3.5, "lr": 1e-3, "grad_norm": 1.25, "tokens": 10, "tokens_per_s": 1234.0}
-            metrics.log(line | ({"val_loss": 2.0} if step == 5 else {}))
+            metrics.log(line | ({"val_loss": 2.0} if step == 5 else {}), 0.01)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "step 0/5  val_loss 4.0000"
     assert [line.split()[1] for line in out] == ["0/5", "1/5", "2/5", "4/5", "5/5"]
-    assert out[1].startswith("step 1/5  loss 3.5000  lr 1.00e-03  grad 1.25  1,234 tok/s  0:00:0")
+    assert out[1] == "step 1/5  loss 3.5000  lr 1.00e-03  grad 1.25  1,234 tok/s"  # which says nothing of the others
+    assert out[2].endswith("  1,234 tok/s  0:00:00 left")
     assert "val_loss 2.0000" in out[-1]
+
+
+def test_the_time_left_is_the_median_step_and_the_evaluations(monkeypatch, capsys):
+    """The first step prepares kernels, and a pause is no speed: a mean said 1:55:45 after a first step of 3 s."""
+    now = [0.0]
+    monkeypatch.setattr("minigpt.training.metrics.time.perf_counter", lambda: now[0])
+    line = {"loss": 3.5, "lr": 1e-3, "grad_norm": 1.0, "tokens": 10, "tokens_per_s": 1.0}
+    with Metrics(None, total_steps=100, logging_steps=50, eval_steps=25) as metrics:
+        for step in range(1, 51):
+            seconds = 60.0 if step == 1 else 30.0 if step == 10 else 2.0
+            now[0] += seconds
+            if step % 25 == 0:
+                now[0] += 7.0
+            metrics.log({"step": step, **line} | ({"val_loss": 2.0} if step % 25 == 0 else {}), seconds)
+    out = [text.split()[1:2] + text.split()[-2:] for text in capsys.readouterr().out.splitlines()]
+    assert out == [
+        ["1/100", "1", "tok/s"],
+        ["4/100", "0:03:12", "left"],  # as soon as steps have taken five seconds: 96 x 2 s; no evaluation is timed yet
+        ["25/100", "0:02:51", "left"],  # 75 x 2 s and three evaluations of 7 s
+        ["50/100", "0:01:54", "left"],
+    ]
 
 
 def test_the_picture_is_drawn_from_the_file(tmp_path):
@@ -37,7 +59,9 @@ def test_no_step_no_picture(tmp_path):
 def test_the_picture_is_drawn_also_where_a_run_breaks_off(tmp_path):
     with pytest.raises(FloatingPointError), Metrics(tmp_path, total_steps=5, logging_steps=10) as metrics:
         for step in (1, 2):
-            metrics.log({"step": step, "loss": 3.5, "lr": 1e-3, "grad_norm": 1.0, "tokens": 10, "tokens_per_s": 1.0})
+            metrics.log(
+                {"step": step, "loss": 3.5, "lr": 1e-3, "grad_norm": 1.0, "tokens": 10, "tokens_per_s": 1.0}, 0.01
+            )
         raise FloatingPointError
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "loss.png").exists()
@@ -46,14 +70,14 @@ def test_the_picture_is_drawn_also_where_a_run_breaks_off(tmp_path):
 def test_a_run_that_goes_on_writes_on_and_knows_how_much_there_is(tmp_path, capsys):
     line = {"loss": 3.5, "lr": 1e-3, "grad_norm": 1.0, "tokens": 10, "tokens_per_s": 1.0}
     with Metrics(tmp_path, total_steps=40, logging_steps=10) as metrics:
-        metrics.log({"step": 1, **line})
-        metrics.log({"step": 2, **line})
+        metrics.log({"step": 1, **line}, 0.01)
+        metrics.log({"step": 2, **line}, 0.01)
         assert metrics.bytes_on_disk() == (tmp_path / "metrics.jsonl").stat().st_size > 0
     capsys.readouterr()
     with Metrics(tmp_path, total_steps=40, logging_steps=10, first_step=2) as metrics:
         assert metrics.bytes_on_disk() == (tmp_path / "metrics.jsonl").stat().st_size
         for step in range(3, 13):
-            metrics.log({"step": step, **line})
+            metrics.log({"step": step, **line}, 0.01)
         assert metrics.bytes_on_disk() == (tmp_path / "metrics.jsonl").stat().st_size
     assert [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         *range(1, 13)

@@ -1,0 +1,78 @@
+"""What the machine computes fast, with the products' seconds made up."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minigpt import hardware
+
+SECONDS = {torch.float32: 0.002, torch.bfloat16: 0.3}
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """Seconds of a product by dtype and number of threads, to be changed."""
+    table = dict(SECONDS)
+    monkeypatch.setattr(
+        hardware, "product_seconds", lambda dtype, *_, **__: table.get(torch.get_num_threads(), table[dtype])
+    )
+    hardware.bf16_seconds_ratio.cache_clear()
+    yield table
+    hardware.bf16_seconds_ratio.cache_clear()
+
+
+def test_a_product_is_really_timed():
+    few, many = (hardware.product_seconds(torch.float32, rows=rows, width=256) for rows in (1, 1024))
+    assert 0 < few < many
+
+
+def test_bf16_that_is_emulated_is_said_with_the_factor(seconds):
+    assert hardware.bf16_warning() == "bf16 is emulated here: a product takes 150 times as long as in fp32"
+    hardware.bf16_seconds_ratio.cache_clear()
+    seconds[torch.bfloat16] = 0.001
+    assert hardware.bf16_warning() is None
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "halved", "said"),
+    [
+        (1, 2, None, "threads: 1, with 2 cores (OMP_NUM_THREADS=1)"),
+        (1, 1, None, None),
+        (4, 4, 0.003, None),  # a quiet machine
+        (4, 4, 0.001, "threads: 4, and 2 would be faster while another process uses the cores (OMP_NUM_THREADS=2)"),
+    ],
+)
+def test_threads_are_said_where_fewer_than_the_cores_help(monkeypatch, seconds, threads, cores, halved, said):
+    monkeypatch.setattr(hardware, "available_cores", lambda: cores)
+    before = torch.get_num_threads()
+    if halved is not None:
+        seconds[threads // 2] = halved
+    torch.set_num_threads(threads)
+    try:
+        assert hardware.threads_warning("cpu") == said
+        assert torch.get_num_threads() == threads
+        assert hardware.threads_warning("cuda:0") is None
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "9"}, None)],
+    ids=["unset", "the user's", "the user's, by another name"],
+)
+def test_an_entry_point_lets_threads_sleep_and_an_import_does_not(given, expected):
+    """A thread that spins for another that has no core takes eight times as long (traps, OpenMP)."""
+    environment = {name: value for name, value in os.environ.items() if name not in hardware.WAITING} | given
+    script = "import os, minigpt, {}; print(os.environ.get('OMP_WAIT_POLICY'))"
+    for line, wanted in (
+        ("minigpt.hardware", given.get("OMP_WAIT_POLICY")),
+        ("minigpt.hardware as h; h.set_thread_waiting()", expected),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(line)], env=environment, check=True, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == str(wanted)
