@@ -12,6 +12,9 @@ from minigpt.distributed import is_main, progress_bar, say
 from minigpt.training.report_to import Reports, numbers_of
 from minigpt.training.run import LOSS_PICTURE, METRICS
 
+PICTURE_SECONDS = 10.0
+"""A run draws loss.png at most this often: one drawing takes about half a second."""
+
 
 class Metrics:
     """Writes each step's numbers on rank 0, into `folder` if there is one. A context manager: the end draws.
@@ -39,6 +42,7 @@ class Metrics:
             self.file = open(self.folder / METRICS, "a", encoding="utf-8")
         self.bar = progress_bar(self.total_steps, "step", "training", initial=self.first_step)
         self.started = time.perf_counter()
+        self.drawn = time.perf_counter()
         return self
 
     def evaluated(self, val_loss: float) -> None:
@@ -71,8 +75,9 @@ class Metrics:
                 f"step {step:,}/{self.total_steps:,}  {text}{scale}{skipped}{evaluated}  "
                 f"{line['tokens_per_s']:,.0f} tok/s  {_clock(left)} left"
             )
-        if evaluated and self.folder is not None:
+        if evaluated and self.folder is not None and time.perf_counter() - self.drawn >= PICTURE_SECONDS:
             draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
+            self.drawn = time.perf_counter()
 
     def bytes_on_disk(self) -> int:
         """Length of metrics.jsonl, which a checkpoint records. A run that goes on from there tells nothing twice, so
