@@ -17,6 +17,7 @@ from minigpt.training.run import LOSS_PICTURE, METRICS
 TIMED_STEPS = 200  # the newest, of which the median is the time of a step
 FIRST_ESTIMATE = 5.0  # seconds of steps until the time left is worth a line of its own
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's own time left counts pauses
+PICTURE_SECONDS = 10.0  # a run draws loss.png at most this often: a drawing takes half a second
 
 
 class Metrics:
@@ -51,7 +52,7 @@ class Metrics:
             self.file = open(self.folder / METRICS, "a", encoding="utf-8")
         self.bar = progress_bar(self.total_steps, "step", "training", initial=self.first_step)
         self.bar.bar_format = BAR
-        self.mark = time.perf_counter()
+        self.mark = self.drawn = time.perf_counter()
         return self
 
     def evaluated(self, val_loss: float) -> None:
@@ -93,8 +94,9 @@ class Metrics:
             scale = f"  scale {line['loss_scale']:g}" if "loss_scale" in line else ""
             skipped = "  skipped" if line.get("skipped") else ""
             say(f"step {step:,}/{self.total_steps:,}  {text}{scale}{skipped}{evaluated}  {speed}")
-        if evaluated and self.folder is not None:
+        if evaluated and self.folder is not None and time.perf_counter() - self.drawn >= PICTURE_SECONDS:
             draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
+            self.drawn = time.perf_counter()
         self.mark = time.perf_counter()
 
     def _seconds_left(self, step: int) -> float:

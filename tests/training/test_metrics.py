@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from minigpt.training import metrics as metrics_module
 from minigpt.training.metrics import Metrics, draw_losses, losses_of
 
 
@@ -65,6 +66,19 @@ def test_the_picture_is_drawn_also_where_a_run_breaks_off(tmp_path):
         raise FloatingPointError
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize(("seconds", "drawings"), [(0.0, [1, 2, 3, 3]), (60.0, [3])])
+def test_evaluations_draw_again_only_after_some_seconds(tmp_path, monkeypatch, seconds, drawings):
+    """Ten steps of a tiny model took 13 s, 5.5 of them for drawing after each. The end always draws."""
+    lines_drawn = []
+    monkeypatch.setattr(metrics_module, "PICTURE_SECONDS", seconds)
+    monkeypatch.setattr(metrics_module, "draw_losses", lambda file, _: lines_drawn.append(file.read_text().count("\n")))
+    with Metrics(tmp_path, total_steps=3, logging_steps=10) as metrics:
+        for step in (1, 2, 3):
+            line = {"step": step, "loss": 3.5, "lr": 1e-3, "grad_norm": 1.0, "tokens": 10, "tokens_per_s": 1.0}
+            metrics.log({**line, "val_loss": 2.0}, 0.01)
+    assert lines_drawn == drawings
 
 
 def test_a_run_that_goes_on_writes_on_and_knows_how_much_there_is(tmp_path, capsys):
