@@ -11,16 +11,23 @@ import json
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from minigpt.assets import demo_tasks, facts
 from minigpt.config import run
+from minigpt.distributed import clock
+from minigpt.hardware import available_cores, fastest_precision
 
 ROOT = Path(__file__).parents[1]
+STEPS_WORTH = 2_900  # all of the demonstration, in steps of its pretraining: those themselves, tuning, answers, starts
+LONG = 600  # seconds above which the reasons are told
 
 
 @dataclass
@@ -36,6 +43,7 @@ class DemoConfig:
 def main(config: DemoConfig) -> None:
     started = time.perf_counter()
     os.chdir(ROOT)  # the scripts' paths, those in configs/ too, are relative to it
+    announce()
     folder = Path(config.output_dir)
     data, base, tuned = folder / "data", folder / "train", folder / "sft"
     facts.build(data, config.seed)
@@ -111,6 +119,39 @@ def main(config: DemoConfig) -> None:
         "seconds": round(time.perf_counter() - started, 1),
     }
     print(json.dumps(result))
+
+
+def announce() -> None:
+    """Says how long all of it will take on this machine, as it is now: some steps are timed, for a moment."""
+    import torch
+
+    from minigpt import GPT, Batch, GPTConfig, TrainConfig, make_engine
+
+    recipe = yaml.safe_load(Path("configs/demo_train.yaml").read_text(encoding="utf-8"))
+    bf16 = fastest_precision() == "bf16"
+    engine = make_engine(GPT(GPTConfig.from_pretrained(recipe["config_name"], vocab_size=4096)), TrainConfig(bf16=bf16))
+    idx = torch.randint(0, 4096, (recipe["per_device_train_batch_size"], recipe["block_size"] + 1))
+    batch, seconds = Batch(idx[:, :-1], idx[:, 1:]), []
+    while len(seconds) < 3 or sum(seconds) < 1.5:
+        start = time.perf_counter()
+        nll_sum, n_tokens = engine(batch)
+        engine.backward(nll_sum / n_tokens, last=True)
+        engine.step(1e-4)
+        seconds.append(time.perf_counter() - start)
+    step = statistics.median(seconds[1:])
+    total, threads = step * STEPS_WORTH, torch.get_num_threads()
+    print(
+        f"About {clock(total)} on this machine, in {'bf16' if bf16 else 'fp32'} on {threads} of {available_cores()} "
+        f"cores: a step takes {1000 * step:.0f} ms."
+    )
+    if total > LONG:
+        load, cores = os.getloadavg()[0], available_cores()
+        why = [f"other processes use the cores (load {load:.1f}): end them"] if load > cores / 2 else []
+        why += (
+            [] if threads > 1 else [f"one thread computes, of {cores} cores: a machine with more, or OMP_NUM_THREADS"]
+        )
+        why += [] if bf16 else ["this CPU has no fast bf16: one with AVX512-BF16 or AMX takes half the time"]
+        print("It is long because\n  " + "\n  ".join(why))
 
 
 @dataclass

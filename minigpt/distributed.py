@@ -131,3 +131,9 @@ def progress_bar(total: int | None, unit: str, description: str, unit_scale: boo
         dynamic_ncols=True,
         leave=False,
     )
+
+
+def clock(seconds: float) -> str:
+    """A length of time as `1:02:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -9,13 +9,14 @@ and a run comes to the same however often it was stopped, and wherever: the targ
 request that meets them, and with larger ones it goes on from there.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal, NamedTuple
 
 from minigpt.arguments import check_range
-from minigpt.distributed import progress_bar, say
+from minigpt.distributed import clock, progress_bar, say
 from minigpt.selfinstruct.batch_dir import BatchDir, Statistics, as_json
 from minigpt.selfinstruct.filters import BANNED_WORDS, Filters
 from minigpt.selfinstruct.generators import Completion, Generator, GeneratorArguments, How, Prompt, fit_shots
@@ -173,13 +174,18 @@ class Bootstrap:
             say(f"{self.files.folder}: going on after {statistics.requests:,} requests, {statistics.kept:,} tasks kept")
         with progress_bar(target, "task", "tasks kept", initial=statistics.kept) as bar:
             statistics.ended = self._ended()
+            started, kept_before = time.perf_counter(), statistics.kept
             while not statistics.ended:
                 before = statistics.kept
                 self._round()
                 bar.set_postfix_str(f"{statistics.requests:,} requests", refresh=False)
                 bar.update(statistics.kept - before)
                 if bar.disable:
-                    say(f"{statistics.requests:,} requests: {statistics.kept:,} of {target:,} tasks")
+                    line = f"{statistics.requests:,} requests: {statistics.kept:,} of {target:,} tasks"
+                    if new := statistics.kept - kept_before:
+                        seconds = (time.perf_counter() - started) / new * max(0, target - statistics.kept)
+                        line += f"  about {clock(seconds)} left"
+                    say(line)
         self.files.commit([], [])
         return statistics
 

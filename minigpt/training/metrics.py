@@ -10,7 +10,7 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
-from minigpt.distributed import is_main, progress_bar, say
+from minigpt.distributed import clock, is_main, progress_bar, say
 from minigpt.training.report_to import Reports, numbers_of
 from minigpt.training.run import LOSS_PICTURE, METRICS
 
@@ -82,7 +82,7 @@ class Metrics:
             self.reports.log(step, numbers_of(line))
         text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad {line['grad_norm']:.2f}"
         evaluated = f"  val_loss {line['val_loss']:.4f}" if "val_loss" in line else ""
-        left = "" if first and step < self.total_steps else f"  {_clock(self._seconds_left(step))} left"
+        left = "" if first and step < self.total_steps else f"  {clock(self._seconds_left(step))} left"
         speed = f"{line['tokens_per_s']:,.0f} tok/s{left}"
         self.bar.set_postfix_str(f"{text}  {speed}", refresh=False)
         self.bar.update(step - self.bar.n)
@@ -187,8 +187,3 @@ def _smooth(values: list[float], decay: float = 0.9) -> list[float]:
             mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
         smooth.append(mean / weight if weight else math.nan)
     return smooth
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

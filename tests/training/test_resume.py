@@ -259,6 +259,28 @@ def test_what_may_change_is_said_and_an_earlier_end_is_refused(tmp_path, capfd):
     assert said == ["--learning_rate 0.003 then, 0.0001 now", "--max_steps 3 then, 5 now"]
 
 
+@pytest.mark.parametrize("zero", [None, 1], ids=["plain", "ZeRO-1"])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_run_may_be_resumed_under_the_other_precision(tmp_path, capfd, bf16, zero):
+    """On a CPU without bf16, say, of a run that began on another one. The weights that it resumes from are fp32."""
+    run, settings = tmp_path / "run", {"lr_scheduler_type": "constant", "save_steps": 3}
+    if zero is not None:
+        (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": zero}}))
+        settings["deepspeed"] = str(tmp_path / "deepspeed.json")
+    for folder, max_steps in ((run, 3), (tmp_path / "undisturbed", 5)):
+        on_ranks(1, small_run, folder, {**settings, "max_steps": max_steps, "bf16": not bf16})
+    capfd.readouterr()
+    on_ranks(1, small_run, run, {**settings, "resume": "latest", "max_steps": 5, "bf16": bf16})
+    assert f": --bf16 {not bf16} then, {bf16} now\n" in capfd.readouterr().out
+    losses, expected = (
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, tmp_path / "undisturbed")
+    )
+    assert losses[:3] == expected[:3]
+    assert losses[3:] != expected[3:]
+    assert losses[3:] == pytest.approx(expected[3:], rel=0.01)
+
+
 def test_a_finished_run_goes_on_to_more_steps(kinds, tmp_path):
     constant = {"lr_scheduler_type": "constant"}
     on_ranks(1, small_run, tmp_path / "at-once", {**constant, "max_steps": 9})
