@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 
+from minigpt.hardware import set_thread_waiting
+
 
 def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--side", choices=("ours", "transformers"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    set_thread_waiting()  # before torch is imported, here and in the processes that are started
     if args.side:
         print(json.dumps(measure(args.side, args.folder)))
         return

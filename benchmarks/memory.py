@@ -10,6 +10,11 @@ profiler saw it. Two micro-batches make a step, so that gradients and activation
 import argparse
 
 import numpy as np
+
+from minigpt.hardware import set_thread_waiting
+
+set_thread_waiting()  # before torch is imported
+
 import torch
 
 from minigpt import GPT, Batch, GPTConfig, TrainConfig, make_engine

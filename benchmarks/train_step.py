@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 
+from minigpt.hardware import set_thread_waiting
+
 
 def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
     import torch
@@ -82,6 +84,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--side", choices=("ours", "transformers"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    set_thread_waiting()  # before torch is imported, here and in the processes that are started
     if args.side:
         print(json.dumps(measure(args.side, args)))
         return

@@ -5,6 +5,10 @@ Opens minigpt/data/collate.py.
     python examples/03_collator.py
 """
 
+from minigpt.hardware import set_thread_waiting
+
+set_thread_waiting()  # before torch is imported: threads that wait should sleep, not spin
+
 import torch
 
 from minigpt import GPT, Example, GPTConfig, collate

@@ -7,6 +7,10 @@ Opens minigpt/training/loop.py (the step), minigpt/training/engine.py (what it d
 
 import math
 
+from minigpt.hardware import set_thread_waiting
+
+set_thread_waiting()  # before torch is imported: threads that wait should sleep, not spin
+
 import torch
 
 import minigpt

@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from minigpt.hardware import set_thread_waiting
+
+set_thread_waiting()  # before torch is imported: threads that wait should sleep, not spin
+
 import torch
 from torch import distributed
 

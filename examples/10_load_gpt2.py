@@ -8,6 +8,10 @@ Opens minigpt/model/hub.py (the files) and the end of minigpt/model/gpt2.py (fro
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from minigpt.hardware import set_thread_waiting
+
+set_thread_waiting()  # before torch is imported: threads that wait should sleep, not spin
+
 import torch
 from safetensors.torch import load_file
 
