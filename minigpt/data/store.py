@@ -24,7 +24,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -311,7 +311,7 @@ def _open(
                 damage = str(error)
         if damage and built:
             raise OSError(
-                f"{folder}: damaged again as soon as it was built anew ({damage}); the disk may be failing: "
+                f"{folder}: damaged as soon as it was built ({damage}), so the disk may be failing; "
                 "--cache_dir chooses another place"
             )
         started, locked = time.monotonic(), False
@@ -411,7 +411,6 @@ class _SummedFile:
 
     def __init__(self, file: BinaryIO):
         self.file = file
-        self.name = Path(file.name).name
         self.bytes = 0
         self.digest = hashlib.sha256()
 
@@ -434,10 +433,15 @@ class _Writer:
         self.tokens = self.supervised_tokens = self.dropped = self.cut = self.bad_records = 0
 
     def __enter__(self) -> "_Writer":
-        names = ("ids.bin", "supervised.bin", "offsets.bin", "prompt_lengths.bin")
-        self.files = [_SummedFile(open(self.folder / name, "wb")) for name in names]
-        self.ids, self.supervised, self.offsets, self.prompts = self.files
+        self.opened = ExitStack()
+        self.files: dict[str, _SummedFile] = {}
+        self.ids, self.supervised = self._new("ids.bin"), self._new("supervised.bin")
         return self
+
+    def _new(self, name: str) -> "_SummedFile":
+        file = open(self.folder / name, "wb")  # noqa: SIM115
+        self.files[name] = _SummedFile(self.opened.enter_context(file))
+        return self.files[name]
 
     def extend(self, ids: Ids, supervised: Mask | None = None) -> None:
         """Adds to the example that is being written."""
@@ -464,18 +468,15 @@ class _Writer:
 
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         self.bar.close()
-        try:
+        with self.opened:
             if error_type is None:
                 self._finish()
-        finally:
-            for written in self.files:
-                written.file.close()
 
     def _finish(self) -> None:
         """Writes what is known at the end only."""
         lengths = np.array(self.lengths, dtype=np.int64)
-        self.offsets.write(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-        self.prompts.write(np.array(self.prompt_lengths, dtype=np.int64))
+        self._new("offsets.bin").write(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        self._new("prompt_lengths.bin").write(np.array(self.prompt_lengths, dtype=np.int64))
         p50, p95, longest = np.percentile(lengths, [50, 95, 100], method="nearest")
         stats = StoreStats(
             examples=len(lengths),
@@ -488,7 +489,7 @@ class _Writer:
             cut=self.cut,
             bad_records=self.bad_records,
         )
-        files = {file.name: {"bytes": file.bytes, "sha256": file.digest.hexdigest()} for file in self.files}
+        files = {name: {"bytes": file.bytes, "sha256": file.digest.hexdigest()} for name, file in self.files.items()}
         meta = {"dtype": str(self.dtype), "stats": asdict(stats), "files": files}
         content = json.dumps({**meta, "sha256": _sum_of_meta(meta)}, indent=2)
         (self.folder / "meta.json").write_text(content, encoding="utf-8")
