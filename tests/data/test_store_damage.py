@@ -173,6 +173,7 @@ def test_what_is_damaged_as_soon_as_it_is_built_ends_in_an_error(path, cache, bu
     build_whole = module._build
 
     def build_badly(folder, *args):
+        assert not builds, "built again"
         build_whole(folder, *args)
         flip(folder / "ids.bin", 0)
 
