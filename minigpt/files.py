@@ -149,6 +149,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, and moves it into place when the block ends well.

@@ -157,9 +157,9 @@ def killed_at(step: int, place: str) -> Callable[[Engine, Path], None]:
             elif place == "files":  # of the engine's, and nothing else yet
                 checkpoint._save_random_state = die
             elif place == "manifest":  # all of it written, and nothing renamed
-                checkpoint._to_disk = die
+                checkpoint.to_disk = die
             elif place == "renamed":
-                checkpoint._to_disk = lambda path: die() if path.name == "checkpoints" else None
+                checkpoint.to_disk = lambda path: die() if path.name == "checkpoints" else None
             elif place == "rotation":
                 checkpoint.remove = lambda path: _then(_half_removed, die)(path) if path.exists() else None
 

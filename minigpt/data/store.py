@@ -3,21 +3,31 @@
 It is built in one pass with bounded memory, so a corpus may be larger than RAM. Its folder is named by a hash of
 what it was built from (the files' bytes, the template, the tokenizer, the lengths), so a stale one is never read.
 Of all processes that want it, the ranks of one run or several runs, one builds it and the others wait at a lock file.
+
+    ids.bin             uint16, or uint32 for a vocabulary of more than 65,536: every example's ids, end to end
+    supervised.bin      bool: whether an id is learned, one for each
+    offsets.bin         int64: where in ids.bin each example begins, and the last one ends
+    prompt_lengths.bin  int64: how many ids of each example are prompt
+    meta.json           the statistics; size and sha256 of each file above, and of meta.json itself
+
+A store is written to the disk before it gets its name, and checked whenever it is opened; a damaged one is built anew.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
+import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -27,11 +37,12 @@ from minigpt.data.records import read_records, read_texts
 from minigpt.data.streams import find_data_files, is_raw_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import progress_bar, say
-from minigpt.files import writing_to
+from minigpt.files import remove, to_disk, writing_to
 from minigpt.version import __version__
 
-FORMAT = 1  # of the files below; a change makes new stores
+FORMAT = 1  # of the files above; a change makes new stores, whose runs do not resume from checkpoints made before
 PATIENCE = 5.0  # seconds to wait for another process before a word about it
+LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE}  # errors that a new store mends
 
 
 @dataclass(frozen=True)
@@ -58,17 +69,30 @@ class StoreStats:
         )
 
 
+class DamagedStoreError(ValueError):
+    """A store's files are not what was written; the message names the file and what is wrong with it."""
+
+
 class TokenStore(Sequence[Example]):
-    """Examples on disk. Reading one touches its pages and no more."""
+    """Examples on disk. Reading one touches its pages and no more.
+
+    Opening reads all files once and compares their sums, in every process: a file of the right size whose ids are
+    all zero is found in no cheaper way. It takes two fifths of what finding the store takes, because `_key` hashes
+    the source in every process, which is larger (about 4 bytes a token; a store has 3), and with a slower hash.
+
+    Raises:
+        DamagedStoreError: a file is missing, cannot be read or is not what was written; or the store is of a version
+            that kept no sums.
+    """
 
     def __init__(self, folder: Path):
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = _read_meta(folder)
         self.folder = folder
         self.stats = StoreStats(**meta["stats"])
-        self.ids = _map(folder / "ids.bin", np.dtype(meta["dtype"]))
-        self.supervised = _map(folder / "supervised.bin", np.dtype(bool))
-        self.offsets = _map(folder / "offsets.bin", np.dtype(np.int64))
-        self.prompt_lengths = _map(folder / "prompt_lengths.bin", np.dtype(np.int64))
+        self.ids = _map(folder / "ids.bin", np.dtype(meta["dtype"]), meta)
+        self.supervised = _map(folder / "supervised.bin", np.dtype(bool), meta)
+        self.offsets = _map(folder / "offsets.bin", np.dtype(np.int64), meta)
+        self.prompt_lengths = _map(folder / "prompt_lengths.bin", np.dtype(np.int64), meta)
         self.lengths = np.diff(self.offsets)
         self.fingerprint = folder.name
 
@@ -146,7 +170,7 @@ def build_store(
     skip_bad_records: int = 0,
     cache_dir: str | Path | None = None,
 ) -> TokenStore:
-    """The store of a set of conversations: found where it was built before, else built.
+    """The store of a set of conversations: found where it was built before, else built; built anew if damaged.
 
     Args:
         paths: whatever `read_records` reads.
@@ -156,6 +180,7 @@ def build_store(
 
     Raises:
         ValueError: a bad record, named with its file and line; or no record has anything to learn.
+        OSError: the store cannot be written, or a damaged one cannot be replaced.
     """
     files = find_data_files(paths)
     if texts := [str(path) for path in files if is_raw_text(path)]:
@@ -192,6 +217,7 @@ def build_text_store(
 
     Raises:
         ValueError: a bad record, named with its file and line; or there is no other.
+        OSError: the store cannot be written, or a damaged one cannot be replaced.
     """
     files = find_data_files(paths)
     key = _key(files, "text", tokenizer.fingerprint, skip_bad_records)
@@ -209,8 +235,46 @@ def build_text_store(
     return _open(key, tokenizer, files, fill, cache_dir)
 
 
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """What meta.json holds, if it is what was written."""
+    try:
+        with _lost_is_damaged("meta.json"):
+            meta = json.loads((folder / "meta.json").read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DamagedStoreError("meta.json is not JSON") from error
+    if not isinstance(meta, dict) or "sha256" not in meta:
+        raise DamagedStoreError("meta.json has no sums to check it by, as that of an earlier version has none")
+    if meta.pop("sha256") != _sum_of_meta(meta):
+        raise DamagedStoreError("meta.json is not what was written: its sha256 differs")
+    return meta
+
+
+def _sum_of_meta(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _map(path: Path, dtype: np.dtype, meta: dict[str, Any]) -> np.ndarray:
+    """A file's numbers, mapped into memory, if it is what was written. What is summed and what is mapped is one file,
+    though another process may put a new store in this one's place meanwhile."""
+    written = meta["files"][path.name]
+    with _lost_is_damaged(path.name), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != written["bytes"]:
+            raise DamagedStoreError(f"{path.name} has {size:,} bytes instead of {written['bytes']:,}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != written["sha256"]:
+            raise DamagedStoreError(f"{path.name} is not what was written: its sha256 differs")
+        return np.memmap(file, dtype, "r") if size else np.empty(0, dtype)
+
+
+@contextmanager
+def _lost_is_damaged(name: str) -> Iterator[None]:
+    """A missing or unreadable file is damage; a missing right or too many open files are not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in LOST:
+            raise
+        raise DamagedStoreError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def _key(files: Iterable[Path], *settings: Any) -> str:
@@ -230,27 +294,56 @@ def _open(
     fill: Callable[["_Writer"], None],
     cache_dir: str | Path | None,
 ) -> TokenStore:
-    """The store of this key; where there is none, one process builds it and the others look again until it is there.
+    """The store of this key; if there is none, or it is damaged, one process builds it and the others wait.
 
-    The builder holds a lock of the operating system, which falls with its process: where it was killed, one of those
+    The builder holds a lock of the operating system, which falls with its process: if it was killed, one of those
     that wait takes its place. No collective is open meanwhile that could time out.
     """
     root = Path(cache_dir or os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt") / "stores"
     folder = root / key
-    started, told = time.monotonic(), False
-    while not folder.is_dir():
-        with writing_to(root, "--cache_dir"):
-            root.mkdir(parents=True, exist_ok=True)
-            with _try_lock(root / f".{key}.lock") as locked:
-                if locked and not folder.is_dir():  # it may have come since the look above
-                    _build(folder, tokenizer, files, fill)
-        if not locked:
-            waited = time.monotonic() - started
-            if waited > PATIENCE and not told:
-                say(f"Waiting for another process, which is tokenizing the same data into {folder}")
-                told = True
-            time.sleep(min(1.0, 0.05 + waited))  # soon at first: a small corpus takes no second
-    return TokenStore(folder)
+    built = told = False
+    while True:
+        seen, damage = _stamp(folder), ""
+        if seen:
+            try:
+                return TokenStore(folder)
+            except DamagedStoreError as error:
+                damage = str(error)
+        if damage and built:
+            raise OSError(
+                f"{folder}: damaged as soon as it was built ({damage}), so the disk may be failing; "
+                "--cache_dir chooses another place"
+            )
+        started, locked = time.monotonic(), False
+        while not locked and _stamp(folder) == seen:  # else another process changed it: look again
+            try:
+                with writing_to(root, "--cache_dir"):
+                    root.mkdir(parents=True, exist_ok=True)
+                    with _try_lock(root / f".{key}.lock") as locked:
+                        if locked and _stamp(folder) == seen:  # it may have changed since the look above
+                            if damage:  # not `say`: the process that came first may be any rank
+                                print(f"{folder}: damaged ({damage}): building it anew", file=sys.stderr, flush=True)
+                            _build(folder, tokenizer, files, fill)
+                            built = True
+            except OSError as error:
+                if not damage:
+                    raise
+                raise OSError(f"{folder}: damaged ({damage}), and cannot be built anew: {error}") from error
+            if not locked:
+                waited = time.monotonic() - started
+                if waited > PATIENCE and not told:
+                    say(f"Waiting for another process, which is tokenizing the same data into {folder}")
+                    told = True
+                time.sleep(min(1.0, 0.05 + waited))  # soon at first: a small corpus takes no second
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Changes when a store comes, goes or is replaced: spares those that wait summing a damaged one every second."""
+    try:
+        status = folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 @contextmanager
@@ -270,7 +363,11 @@ def _try_lock(path: Path) -> Iterator[bool]:
 
 
 def _build(folder: Path, tokenizer: Tokenizer, files: Sequence[Path], fill: Callable[["_Writer"], None]) -> None:
-    """Fills a store beside its place and moves it there whole. Its lock is held."""
+    """Fills a store beside its place and moves it there whole, on the disk before it has its name. Its lock is held.
+
+    A damaged store is removed first: there may be no room for two, and if it cannot be removed, that is found before
+    the work.
+    """
     # by machine: where a network file system keeps locks to each machine, two may build the same at once
     ending = f".{platform.node()}.building"
     temporary = folder.with_name(f".{folder.name}{ending}")
@@ -278,17 +375,50 @@ def _build(folder: Path, tokenizer: Tokenizer, files: Sequence[Path], fill: Call
         with _try_lock(left.with_name(left.name.removesuffix(ending) + ".lock")) as dead:
             if dead or left == temporary:
                 shutil.rmtree(left, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir()  # before the removal, or it could get the inode by which `_stamp` tells them apart
     try:
+        _remove_damaged(folder, folder.with_name(f".{folder.name}.damaged{ending}"))
         with _Writer(temporary, tokenizer, sum(path.stat().st_size for path in files)) as writer:
             fill(writer)
+        for path in [*temporary.iterdir(), temporary]:
+            to_disk(path)
         try:
             temporary.rename(folder)
         except OSError:  # another machine was faster, and built the same
             if not folder.is_dir():
                 raise
+        to_disk(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_damaged(folder: Path, aside: Path) -> None:
+    """Removes the folder if it is there. A process that has its files mapped keeps them until it ends."""
+    try:
+        folder.rename(aside)  # in one step; and a network file system keeps the files in use, and so their folder
+    except FileNotFoundError:  # there is none; or another machine removed it
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # which overlayfs says of every folder of a container's image
+            raise
+        remove(folder)
+    with suppress(OSError):  # the next build tries again
+        remove(aside)
+
+
+class _SummedFile:
+    """A new file, and the size and sum of what it was given, which is not always what a disk gives back."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.bytes = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, values: np.ndarray) -> None:
+        content = values.tobytes()
+        self.file.write(content)
+        self.digest.update(content)
+        self.bytes += len(content)
 
 
 class _Writer:
@@ -303,15 +433,21 @@ class _Writer:
         self.tokens = self.supervised_tokens = self.dropped = self.cut = self.bad_records = 0
 
     def __enter__(self) -> "_Writer":
-        self.ids = open(self.folder / "ids.bin", "wb")
-        self.supervised = open(self.folder / "supervised.bin", "wb")
+        self.opened = ExitStack()
+        self.files: dict[str, _SummedFile] = {}
+        self.ids, self.supervised = self._new("ids.bin"), self._new("supervised.bin")
         return self
+
+    def _new(self, name: str) -> "_SummedFile":
+        file = open(self.folder / name, "wb")  # noqa: SIM115
+        self.files[name] = _SummedFile(self.opened.enter_context(file))
+        return self.files[name]
 
     def extend(self, ids: Ids, supervised: Mask | None = None) -> None:
         """Adds to the example that is being written."""
         mask = np.ones(len(ids), dtype=bool) if supervised is None else np.asarray(supervised, dtype=bool)
-        self.ids.write(np.asarray(ids, dtype=self.dtype).tobytes())
-        self.supervised.write(mask.tobytes())
+        self.ids.write(np.asarray(ids, dtype=self.dtype))
+        self.supervised.write(mask)
         self.begun += len(ids)
         self.tokens += len(ids)
         self.supervised_tokens += int(mask.sum())
@@ -332,23 +468,28 @@ class _Writer:
 
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         self.bar.close()
-        for file in (self.ids, self.supervised):
-            file.close()
-        if error_type is None:
-            lengths = np.array(self.lengths, dtype=np.int64)
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64).tofile(self.folder / "offsets.bin")
-            np.array(self.prompt_lengths, dtype=np.int64).tofile(self.folder / "prompt_lengths.bin")
-            p50, p95, longest = np.percentile(lengths, [50, 95, 100], method="nearest")
-            stats = StoreStats(
-                examples=len(lengths),
-                tokens=self.tokens,
-                supervised_tokens=self.supervised_tokens,
-                length_p50=int(p50),
-                length_p95=int(p95),
-                length_max=int(longest),
-                dropped=self.dropped,
-                cut=self.cut,
-                bad_records=self.bad_records,
-            )
-            meta = {"dtype": str(self.dtype), "stats": asdict(stats)}
-            (self.folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        with self.opened:
+            if error_type is None:
+                self._finish()
+
+    def _finish(self) -> None:
+        """Writes what is known at the end only."""
+        lengths = np.array(self.lengths, dtype=np.int64)
+        self._new("offsets.bin").write(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        self._new("prompt_lengths.bin").write(np.array(self.prompt_lengths, dtype=np.int64))
+        p50, p95, longest = np.percentile(lengths, [50, 95, 100], method="nearest")
+        stats = StoreStats(
+            examples=len(lengths),
+            tokens=self.tokens,
+            supervised_tokens=self.supervised_tokens,
+            length_p50=int(p50),
+            length_p95=int(p95),
+            length_max=int(longest),
+            dropped=self.dropped,
+            cut=self.cut,
+            bad_records=self.bad_records,
+        )
+        files = {name: {"bytes": file.bytes, "sha256": file.digest.hexdigest()} for name, file in self.files.items()}
+        meta = {"dtype": str(self.dtype), "stats": asdict(stats), "files": files}
+        content = json.dumps({**meta, "sha256": _sum_of_meta(meta)}, indent=2)
+        (self.folder / "meta.json").write_text(content, encoding="utf-8")

@@ -12,7 +12,6 @@ has a manifest was committed; what ends in .tmp never was, or is on its way out,
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from torch import Tensor
 from minigpt.data.prompts import Template
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import OtherRankFailed, all_or_none, is_main, rank, world_size
-from minigpt.files import read_json, remove, whole_file
+from minigpt.files import read_json, remove, to_disk, whole_file
 from minigpt.model.gpt2 import GPT
 from minigpt.training.engine import Engine
 from minigpt.version import __version__
@@ -157,12 +156,12 @@ def _commit(temporary: Path, folder: Path, step: int) -> None:
     manifest = {"minigpt": __version__, "step": step, "files": names}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in [*temporary.rglob("*"), temporary]:
-        _to_disk(path)
+        to_disk(path)
     if not (folder / MANIFEST).exists():  # no checkpoint, but a copy of one that was broken off, say
         remove(folder)
     temporary.rename(folder)
     for path in (folder.parent, folder.parent.parent):
-        _to_disk(path)
+        to_disk(path)
 
 
 def _verify(folder: Path) -> None:
@@ -193,15 +192,6 @@ def _sha256(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return None
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _save_random_state(path: Path, device: torch.device) -> None:

@@ -204,6 +204,42 @@ def test_of_four_processes_one_builds(tmp_path, cache):
     assert len(builders(log)) == 1
 
 
+AT_ONCE = """
+try_lock = module._try_lock
+
+def late(lock):
+    module._try_lock = try_lock
+    Path(f"{log}.found-{os.getpid()}").touch()
+    while not Path(f"{log}.go").exists():
+        time.sleep(0.001)
+    return try_lock(lock)
+
+module._try_lock = late
+"""
+
+
+def test_of_three_processes_that_find_a_damaged_store_one_replaces_it(tmp_path, cache):
+    """All have found it damaged before the first takes the lock, so two take it when nothing is left to do."""
+    path, log = write(tmp_path / "data.jsonl", ROWS), tmp_path / "log"
+    folder = build(path, cache).folder
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / "ids.bin").write_bytes(bytes(len(whole["ids.bin"])))
+    processes = [start(AT_ONCE + PRINT, path, cache, log, rank=rank) for rank in range(3)]
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("log.found-*"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (tmp_path / "log.go").touch()
+    outputs, errors = zip(*[finish(process) for process in processes], strict=True)
+    assert outputs == (f"{folder} 30\n",) * 3
+    assert len(builders(log)) == 1
+    assert "".join(errors) == (
+        f"{folder}: damaged (ids.bin is not what was written: its sha256 differs): building it anew\n"
+    )
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+    assert list((cache / "stores").iterdir()) == [folder]
+
+
 def test_a_killed_builder_is_replaced(tmp_path, cache):
     path, log = write(tmp_path / "data.jsonl", ROWS), tmp_path / "log"
     killed = start(HANG, path, cache, log)

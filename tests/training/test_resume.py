@@ -12,8 +12,13 @@ import pytest
 import torch
 
 from minigpt.arguments import TrainConfig
+from minigpt.data.store import Blocks, build_text_store
+from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import rank
+from minigpt.model.gpt2 import GPT, GPTConfig
 from minigpt.training.checkpoint import checkpoints, load_checkpoint
+from minigpt.training.engine import make_engine
+from minigpt.training.loop import train
 
 from ..ranks import on_ranks
 from ..small_run import STEPS, assert_equal, at_step, evidence, killed_at, places, small_run
@@ -141,6 +146,31 @@ def _reads(run: Path, settings: dict[str, Any], before: Any) -> None:
     """Notes what this rank read, step by step."""
     _, seen = small_run(run, settings, before, dropout=0.0)
     (run.parent / f"{run.name}.read-{rank()}").write_text(json.dumps(seen))
+
+
+@pytest.mark.parametrize("damage", ["of the version before", "zeroed"])
+def test_a_run_resumes_though_its_store_is_built_anew(damage, tmp_path, capfd):
+    """The order that a checkpoint holds has the store's name in it, which must not change."""
+    (tmp_path / "corpus.txt").write_text("".join(f"After {n} comes {n + 1}.\n" for n in range(200)))
+    small_shape = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+
+    def run(resume: str | None) -> tuple[Path, bytes]:
+        store = build_text_store([str(tmp_path / "corpus.txt")], Tokenizer.tiny(), cache_dir=tmp_path / "cache")
+        config = TrainConfig(output_dir=str(tmp_path / "run"), max_steps=4, save_steps=2, resume=resume)
+        torch.manual_seed(0 if resume is None else 1)
+        engine = make_engine(GPT(GPTConfig(Tokenizer.tiny().vocab_size, **small_shape)), config)
+        assert train(config, engine, Blocks(store, 16)).steps == 4
+        return store.folder, (tmp_path / "run" / "checkpoints" / "step-4" / "model.safetensors").read_bytes()
+
+    folder, expected = run(None)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-4")
+    if damage == "zeroed":
+        (folder / "ids.bin").write_bytes(bytes((folder / "ids.bin").stat().st_size))
+    else:
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps({"dtype": meta["dtype"], "stats": meta["stats"]}, indent=2))
+    assert run("latest") == (folder, expected)
+    assert capfd.readouterr().err.startswith(f"{folder}: damaged (")
 
 
 # ---- what --resume means
