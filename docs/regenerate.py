@@ -68,8 +68,9 @@ def run_demo(folder: str) -> str:
 
 def transcript(log: str) -> str:
     """The lines of a log that README.md shows: of the items in a section the first ones, and the first wrong one."""
-    shown = ["$ make demo"]
-    for section in re.split(r"^(?=== )", log, flags=re.MULTILINE)[1:]:
+    before, *sections = re.split(r"^(?=== )", log, flags=re.MULTILINE)
+    shown = ["$ make demo", *re.findall(r"^About .*", before, re.MULTILINE)]
+    for section in sections:
         if section[3] not in SHOWN:
             continue
         pattern, count = SHOWN[section[3]]
