@@ -142,7 +142,7 @@ def announce() -> None:
     total, threads = step * STEPS_WORTH, torch.get_num_threads()
     print(
         f"About {clock(total)} on this machine, in {'bf16' if bf16 else 'fp32'} on {threads} of {available_cores()} "
-        f"cores: a step takes {1000 * step:.0f} ms."
+        f"cores: a step takes {1000 * step:,.0f} ms."
     )
     if total > LONG:
         load, cores = os.getloadavg()[0], available_cores()

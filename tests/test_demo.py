@@ -1,36 +1,51 @@
-"""What the demonstration says of the tasks that its model wrote; the rest of it is `make demo`."""
+"""examples/demo.py: what it promises at its start. The demonstration itself is `make demo`."""
 
 import importlib.util
-import json
-from pathlib import Path
+import re
 
-from minigpt.assets import demo_tasks, facts
+import pytest
+import torch
 
-DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
+from .workplace import ROOT
 
 
-def test_only_tasks_that_stand_nowhere_count_as_new(tmp_path, capsys):
-    """A model that recites its corpus must not pass for one that writes tasks, and a new task need not be right."""
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    facts.build(tmp_path, 1)
-    demo_tasks.build(tmp_path, 1)
-    split = facts.split_facts(1)
-    lists, seeds = demo_tasks.task_lists(split, 1), demo_tasks.seed_tasks(split, 1)
-    china = next(fact for fact in split.held_out if fact.key == "China")
-    row = json.loads((tmp_path / "instructions.json").read_text("utf-8"))[0]
-    recited = [lists[0][0], lists[0][-1], seeds[0]]
-    written = [
-        {"instruction": row["instruction"], "output": row["output"]},
-        *({"instruction": task.instruction, "output": task.output} for task in recited),
-        {"instruction": "Find the capital of China.", "output": china.statement},
-        {"instruction": "Look up the capital of China.", "output": "The capital of China is Lima."},
-        {"instruction": "Look up the sum of 1 and 1.", "output": "The sum of 1 and 1 is 2."},
+@pytest.fixture
+def demo(monkeypatch):
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "demo", module)  # where its dataclasses look for their module
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(module, "fastest_precision", lambda: "fp32")
+    return module
+
+
+def test_it_says_how_long_it_takes_here(demo, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "LONG", 1e9)
+    demo.announce()
+    said = re.fullmatch(
+        r"About (\d+):(\d\d):(\d\d) on this machine, in fp32 on (\d+) of \d+ cores: a step takes ([\d,]+) ms.\n",
+        capsys.readouterr().out,
+    )
+    assert said is not None
+    hours, minutes, seconds, threads, milliseconds = (int(text.replace(",", "")) for text in said.groups())
+    assert threads == torch.get_num_threads()
+    assert 3600 * hours + 60 * minutes + seconds == pytest.approx(
+        demo.STEPS_WORTH * milliseconds / 1000, rel=0.1, abs=2
+    )
+
+
+def test_a_long_one_says_why_and_what_helps(demo, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "LONG", 0)
+    monkeypatch.setattr(demo.os, "getloadavg", lambda: (7.25, 0.0, 0.0))
+    monkeypatch.setattr(demo, "available_cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    demo.announce()
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "It is long because",
+        "  other processes use the cores (load 7.2): end them",
+        "  one thread computes: OMP_NUM_THREADS=4 uses all",
+        "  this CPU has no fast bf16: one with AVX512-BF16 or AMX takes half the time",
     ]
-    assert demo.show_new_tasks(written, tmp_path) == 3
-    said = capsys.readouterr().out
-    assert "3 of the 7 kept tasks stand in nothing" in said
-    assert "2 of these are rightly asked and answered, 1 about a fact that nobody had asked for" in said
-    assert "Find the capital of China.\n    The capital of China is Beijing.  (right)" in said
-    assert "The capital of China is Lima.  (wrong)" in said
