@@ -147,9 +147,8 @@ def announce() -> None:
     if total > LONG:
         load, cores = os.getloadavg()[0], available_cores()
         why = [f"other processes use the cores (load {load:.1f}): end them"] if load > cores / 2 else []
-        why += (
-            [] if threads > 1 else [f"one thread computes, of {cores} cores: a machine with more, or OMP_NUM_THREADS"]
-        )
+        if threads == 1:
+            why.append("there is one core" if cores == 1 else f"one thread computes: OMP_NUM_THREADS={cores} uses all")
         why += [] if bf16 else ["this CPU has no fast bf16: one with AVX512-BF16 or AMX takes half the time"]
         print("It is long because\n  " + "\n  ".join(why))
 
