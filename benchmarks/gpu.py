@@ -562,8 +562,8 @@ def report(
     parts = [
         f"## {date.today()}: training and generation on {where}",
         f"`{command}`, {seconds:,.0f} s; {machine.versions}. Random weights, no dropout, ZeRO-1; tokens/s of all "
-        f"ranks, the median step's after the first {FIRST_STEPS}. MFU: (6 N + 12 L C T) FLOPs a token over the card's dense "
-        f'peak, "-" where that is not known. {memory}.',
+        f"ranks, the median step's after the first {FIRST_STEPS}. MFU: (6 N + 12 L C T) FLOPs a token over the card's "
+        f'dense peak, "-" where that is not known. {memory}.',
         markdown(
             (
                 "model",

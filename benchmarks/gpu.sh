@@ -7,16 +7,14 @@
 #     benchmarks/gpu.sh --ranks 1      # one of them
 #     benchmarks/gpu.sh --cpu          # a rehearsal: tiny shapes, two processes over gloo
 #
-# No network is used where a folder wheels/ lies beside this repository's README.md: what Python lacks is then
-# installed from there. PyTorch itself must be there already. Fill the folder on a machine that has a network and the
-# same Python and platform (`pip wheel`, because DeepSpeed is published as source only; `pip download -d wheels ...`
-# does for all others):
+# Needs a Python that has PyTorch with CUDA. What else is missing is installed, and nothing that is there is changed.
+# With a folder wheels/ beside README.md that needs no network. Fill it on a machine with the same Python and platform;
+# `pip wheel` because DeepSpeed and rouge-score are published as source, and DeepSpeed on a line of its own so that
+# PyTorch does not come with it (`pip download -d wheels` does for all that is published built):
 #
-#     DS_BUILD_OPS=0 pip wheel --no-deps -w wheels -c constraints.txt deepspeed hjson einops msgpack ninja packaging \
-#         psutil py-cpuinfo pydantic pydantic-core annotated-types typing-inspection tyro typeguard docstring-parser \
-#         typing-extensions rouge-score absl-py nltk click joblib six regex tiktoken tqdm safetensors pyyaml numpy \
-#         requests urllib3 idna certifi charset-normalizer huggingface-hub filelock fsspec hf-xet httpx httpcore \
-#         h11 anyio
+#     DS_BUILD_OPS=0 pip wheel --no-deps -w wheels -c constraints.txt deepspeed
+#     pip wheel -w wheels -c constraints.txt einops hjson msgpack ninja packaging psutil py-cpuinfo pydantic tqdm \
+#         rouge-score tyro tiktoken safetensors pyyaml huggingface-hub
 #
 # PYTHON names the interpreter (default: the active environment's, else python3). Without an active environment a
 # .venv-gpu that sees the interpreter's own packages is made, and nothing is installed outside it.
@@ -40,6 +38,32 @@ for pair in sys.argv[1:]:
 PYTHON
 }
 
+absent() { # the files of wheels/ whose package this Python has not
+    "$python" - <<'PYTHON'
+import re
+from importlib.metadata import distributions
+from pathlib import Path
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+installed = {plain(found.name) for found in distributions()}
+print("\n".join(str(file) for file in Path("wheels").glob("*.whl") if plain(file.name.split("-")[0]) not in installed))
+PYTHON
+}
+
+pins() { # what is installed stays as it is, PyTorch above all; of the rest, the tested versions
+    "$python" - <<'PYTHON'
+import re
+from importlib.metadata import distributions
+from pathlib import Path
+
+pins = [line for line in Path("constraints.txt").read_text().splitlines() if "==" in line]
+pins += [f"{found.name}=={found.version}" for found in distributions() if found.name not in ("pip", "setuptools")]
+print("\n".join({re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower(): pin for pin in pins}.values()))
+PYTHON
+}
+
 if ! "$python" -c 'import torch' 2>/dev/null; then
     echo "error: $python has no PyTorch: activate the environment that has, or name its interpreter with PYTHON=" >&2
     exit 2
@@ -53,11 +77,13 @@ if ((${#lacking[@]})); then
     fi
 fi
 if ((${#lacking[@]})); then
-    source=()
-    if [[ -d wheels ]]; then
-        source=(--no-index --find-links wheels)
-    fi
     echo "installing ${lacking[*]}" >&2
-    "$python" -m pip install -q --disable-pip-version-check -c constraints.txt "${source[@]}" "${lacking[@]}" >&2
+    install=("$python" -m pip install -q --disable-pip-version-check)
+    if [[ -d wheels ]]; then # complete among themselves, so nobody asks what PyTorch would like to have beside it
+        mapfile -t files < <(absent)
+        "${install[@]}" --no-index --no-deps "${files[@]}" >&2
+    else
+        "${install[@]}" -c <(pins) "${lacking[@]}" >&2
+    fi
 fi
 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} exec "$python" benchmarks/gpu.py "$@"
