@@ -38,6 +38,7 @@ FIRST_STEPS = 3  # which allocate, and choose kernels: left out of the medians
 ROOM = 0.85  # of a GPU's free memory, that the plan may fill: beside it are CUDA's context and fragments
 BATCHES = (32, 16, 8, 4, 2, 1)
 CONFIGS = {"train": "PretrainConfig", "sft": "SFTConfig"}  # the settings of each script
+OURS = ".gpu-benchmark"  # marks a folder that the next start may replace
 REFUSED = "does not compute in fp16"  # what train.py says of a CPU
 
 # Dense FLOPs a second of the tensor cores, sums in fp32, from NVIDIA's data sheets; every word of a key is in the
@@ -273,7 +274,7 @@ def peak_bytes() -> int:
 def look_at(cpu: bool, ranks: int | None) -> Machine:
     """Asks another process, because one that has looked at a GPU holds memory on it."""
     code = """
-import json, platform, torch
+import json, torch
 cuda = torch.cuda.is_available()
 count = torch.cuda.device_count() if cuda else 0
 print(json.dumps({
@@ -368,19 +369,25 @@ def train_size(size: Size, precision: str, machine: Machine, work: Path, clock: 
             ],
         )
         measured = launch.wait(clock)
+        speed = tokens_per_s(read_metrics(folder))
     except Failed as error:
         told = f"refused on this {machine.device.upper()}" if REFUSED in str(error) else f"failed: {error}"
         return [size.name, precision, cut, told, "-", "-", plan_gib, "-"]
     except TimeIsUp as error:
         return [size.name, precision, cut, str(error), "-", "-", plan_gib, "-"]
-    speed = tokens_per_s(read_metrics(folder))
     used = mfu(speed, size.shape, size.length, machine.card, precision, machine.ranks)
     return training_row(size.name, precision, cut, speed, used, measured["peak"], needed, machine.device)
 
 
 def tokens_per_s(lines: Sequence[dict[str, Any]]) -> float:
-    """The median of the steps, all ranks together, without the first ones."""
-    return statistics.median(line["tokens_per_s"] for line in lines[FIRST_STEPS:])
+    """The median of the steps, all ranks together, without the first ones and those that fp16 skipped: they are short.
+
+    Raises `Failed` where none is left.
+    """
+    speeds = [line["tokens_per_s"] for line in lines[FIRST_STEPS:] if not line.get("skipped")]
+    if not speeds:
+        raise Failed(f"no step after the first {FIRST_STEPS} was applied")
+    return statistics.median(speeds)
 
 
 def training_row(
@@ -453,7 +460,8 @@ def generate_size(size: Size, precision: str, machine: Machine, work: Path, cloc
         folder = model_folder(size, work, machine, clock)
         speeds = json.loads(worker("generate", folder, machine, clock, "--dtype", precision))
     except (Failed, TimeIsUp) as error:
-        return [size.name, precision, str(error), "-", "-"]
+        told = f"failed: {error}" if isinstance(error, Failed) else str(error)
+        return [size.name, precision, told, "-", "-"]
     return [size.name, precision, *(f"{speeds[str(rows)]:,.1f}" for rows in (1, 8, 32))]
 
 
@@ -588,15 +596,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="a rehearsal: tiny shapes, ranks over gloo")
     parser.add_argument("--ranks", type=int, help="processes, a GPU each; unset: all GPUs, on a CPU two")
-    parser.add_argument("--minutes", type=float, default=9.5, help="what has not begun by then is not run")
+    parser.add_argument("--minutes", type=float, default=9.5, help="what has not ended by then is ended")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "gpu", help="for table.md and the logs")
     args = parser.parse_args()
 
     started, clock = time.perf_counter(), Clock(args.minutes)
-    machine = look_at(args.cpu, args.ranks)
     work: Path = args.output_dir.resolve()
+    if work.exists() and any(work.iterdir()) and not (work / OURS).exists():
+        raise SystemExit(f"error: {work}: holds something else; give another --output_dir")
+    machine = look_at(args.cpu, args.ranks)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    (work / OURS).touch()
     write_data(work)
     sizes, precisions = (CPU_SIZES, ("fp32", "fp16", "bf16")) if args.cpu else (GPU_SIZES, ("fp16", "bf16"))
 

@@ -101,6 +101,9 @@ def test_what_there_is_no_time_for_is_not_started(tmp_path):
 def test_the_first_steps_do_not_count_and_the_median_does():
     lines = [{"tokens_per_s": speed} for speed in (1.0, 2.0, 3.0, 500.0, 700.0, 90_000.0)]
     assert gpu.tokens_per_s(lines) == 700.0
+    assert gpu.tokens_per_s([*lines, {"tokens_per_s": 1e6, "skipped": True}]) == 700.0
+    with pytest.raises(gpu.Failed, match="no step after the first 3 was applied"):
+        gpu.tokens_per_s(lines[:3])
 
 
 def test_a_line_that_is_being_written_is_no_step(tmp_path):
@@ -137,6 +140,14 @@ def test_without_a_gpu_it_says_so():
     done = subprocess.run([ROOT / "benchmarks" / "gpu.sh"], env=hidden, capture_output=True, text=True)
     told = "error: PyTorch sees no GPU here (--cpu is a rehearsal without one)\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "thesis.tex").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--cpu", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds something else; give another --output_dir$"):
+        gpu.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.slow
