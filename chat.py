@@ -18,7 +18,7 @@ from typing import Literal
 
 from minigpt.arguments import ModelArguments, PromptArguments, SamplingArguments, ServeArguments, require
 from minigpt.config import run
-from minigpt.distributed import pick_device, world_size
+from minigpt.distributed import explained_if_out_of_memory, pick_device, world_size
 from minigpt.inference.terminal import Terminal
 
 
@@ -92,7 +92,10 @@ def main(config: ChatConfig) -> None:
             raise ImportError(f"--serve needs {error.name} (pip install -c constraints.txt -e '.[serve]')") from None
         asker = Asker(*load(name, config.revision), asdict(sampling), config.system)
         public_name = Path(name).name if Path(name).is_absolute() else name  # clients need not know where it lies
-        server = Server(asker, public_name, config)
+        with explained_if_out_of_memory(
+            f"a smaller --max_batch_size (now {config.max_batch_size}) needs a smaller cache"
+        ):
+            server = Server(asker, public_name, config)
         print(f"{name}: template {asker.template.name}; Ctrl-C ends", file=sys.stderr)
         print(f"{server.url} is the page, {server.url}/v1 OpenAI's API", file=sys.stderr, flush=True)
         server.run()

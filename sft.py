@@ -65,6 +65,7 @@ def main(config: SFTConfig) -> None:
     from minigpt.training.engine import check_engine, make_engine
     from minigpt.training.loop import evaluate, perplexity, train
     from minigpt.training.machine import fit_to_machine
+    from minigpt.training.out_of_memory import explain_out_of_memory
     from minigpt.training.plan import plan
     from minigpt.training.run import run_folder
 
@@ -123,16 +124,19 @@ def main(config: SFTConfig) -> None:
         if config.replay_data:
             replay_data = Blocks(read_text(config, config.replay_data, tokenizer), max_seq_length)
         fit_to_machine(config, device, find_checkpoint(folder, config.resume))
+        lengths = (train_data.lengths, replay_data.lengths if replay_data else (), config.replay_ratio)
         if config.plan:
-            replayed = replay_data.lengths if replay_data else ()
-            say(plan(config, model_config, train_data.lengths, replayed, config.replay_ratio).table())
+            say(plan(config, model_config, *lengths).table())
             return
 
         # ---- model and training
         model = GPT.from_pretrained(name, revision, device=device, **changes)
         say(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
         learnt = f"Instruction-tuned on {', '.join(Path(p).name for p in config.data)}."
-        with closing(make_engine(model, config)) as engine:
+        with (
+            explain_out_of_memory(config, model_config, device, *lengths),
+            closing(make_engine(model, config)) as engine,
+        ):
             result = train(
                 config,
                 engine,

@@ -55,6 +55,7 @@ def main(config: PretrainConfig) -> None:
     from minigpt.training.engine import check_engine, make_engine
     from minigpt.training.loop import train
     from minigpt.training.machine import fit_to_machine
+    from minigpt.training.out_of_memory import explain_out_of_memory
     from minigpt.training.plan import plan
     from minigpt.training.run import run_folder
 
@@ -94,7 +95,10 @@ def main(config: PretrainConfig) -> None:
         model = model.to(device)
         say(f"{name or config.config_name}: {model.num_parameters():,} parameters; {len(train_data):,} blocks")
         learnt = f"Trained on the text of {', '.join(Path(p).name for p in config.data)}."
-        with closing(make_engine(model, config)) as engine:
+        with (
+            explain_out_of_memory(config, model_config, device, train_data.lengths),
+            closing(make_engine(model, config)) as engine,
+        ):
             result = train(
                 config,
                 engine,

@@ -25,6 +25,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ import docstring_parser
 import tyro
 import yaml
 
-from minigpt.distributed import OtherRankFailed, is_main, rank, world_size
+from minigpt.distributed import OtherRankFailed, OutOfMemory, is_main, is_out_of_memory, rank, world_size
 from minigpt.files import whole_file
 from minigpt.hardware import set_thread_waiting
 from minigpt.version import __version__
@@ -91,6 +92,12 @@ def in_one_line(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OutOfMemory):
+        return message
+    if is_out_of_memory(error):
+        wanted = re.search(r"ried to allocate ([\d.]+ \w+)", message)
+        asked = f" ({wanted[1]} more were asked for)" if wanted else ""
+        return f"out of memory{asked}: a smaller model, smaller batches or shorter texts take less"
     if isinstance(error, RuntimeError) and ("gloo" in message or "NCCL" in message):
         return "another rank is gone; what it said, if anything, says why (training goes on with --resume auto)"
     if message and isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, OtherRankFailed)):

@@ -102,6 +102,36 @@ class OtherRankFailed(RuntimeError):
     """Another rank had the error that ends this one, and tells of it."""
 
 
+class OutOfMemory(RuntimeError):
+    """The device has too little memory; the message says what takes less."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is PyTorch's `OutOfMemoryError`, or what CPU, MPS, cuBLAS or NCCL say in its place."""
+    signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+@contextmanager
+def explained_if_out_of_memory(advice: str) -> Iterator[None]:
+    """Turns PyTorch's error into an `OutOfMemory` that says `advice`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory: {advice}") from error
+
+
+def fails_alone(device_type: str) -> bool:
+    """Whether an error is ending this rank that the other ranks may not have, and they would not hear its farewell.
+
+    NCCL takes leave together with all ranks (`ncclCommDestroy`), so that a rank out of memory would wait for others
+    that wait for it. Where this process just ends, its launcher ends theirs. Gloo tells the others by itself.
+    """
+    return device_type == "cuda" and world_size() > 1 and isinstance(sys.exc_info()[1], Exception)
+
+
 @contextmanager
 def all_or_none() -> Iterator[None]:
     """What one rank fails at, all fail at: none is left waiting for it. Every rank enters and leaves the block."""

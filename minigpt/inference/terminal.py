@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from minigpt.arguments import SamplingArguments
 from minigpt.config import convert, debugging, in_one_line
+from minigpt.distributed import explained_if_out_of_memory
 
 if TYPE_CHECKING:  # they bring torch, and --help need not wait for it
     from minigpt.inference.chat import Chat
@@ -105,8 +106,10 @@ class Terminal:
         if answer.tokens_cut:
             note(f"too long for the context: the first {answer.tokens_cut} tokens of it are cut")
         shown = False
+        limit = f"--max_new_tokens (now {self.sampling.max_new_tokens})"
+        advice = f"a smaller {limit} or a shorter conversation (/clear) takes less, as does a smaller model"
         try:
-            with closing(pieces):  # type: ignore[type-var]
+            with explained_if_out_of_memory(advice), closing(pieces):  # type: ignore[type-var]
                 for piece in pieces:
                     print(piece.translate(_CONTROL) if self.interactive else piece, end="", flush=True)
                     shown = True

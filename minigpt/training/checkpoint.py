@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minigpt.data.prompts import Template
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.distributed import OtherRankFailed, all_or_none, is_main, rank, world_size
+from minigpt.distributed import OtherRankFailed, all_or_none, is_main, is_out_of_memory, rank, world_size
 from minigpt.files import read_json, remove, to_disk, whole_file
 from minigpt.model.gpt2 import GPT
 from minigpt.training.engine import Engine
@@ -63,7 +63,7 @@ def save_checkpoint(run: Path, step: int, engine: Engine, progress: dict[str, An
     except Exception as error:
         if is_main():  # it fails where any rank fails
             remove(temporary)
-        if isinstance(error, OtherRankFailed):
+        if isinstance(error, OtherRankFailed) or is_out_of_memory(error):
             raise
         raise OSError(
             f"{folder}: cannot be written ({error}); it needs {engine.checkpoint_bytes + SPARE_BYTES:,} bytes, and "

@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 
 from minigpt.arguments import TrainConfig
 from minigpt.data.collate import Batch
-from minigpt.distributed import all_or_none, is_main, rank, say, start_process_group, world_size
+from minigpt.distributed import all_or_none, fails_alone, is_main, rank, say, start_process_group, world_size
 from minigpt.model.gpt2 import GPT
 from minigpt.training.deepspeed_config import deepspeed_config
 from minigpt.training.optim import StepInfo, make_optimizer, parameter_groups
@@ -131,9 +131,10 @@ class DeepSpeedEngine:
             self.optimizer.clip_grad = clip_grad
 
     def close(self) -> None:
+        alone = fails_alone(self.device.type)
         with contextlib.suppress(Exception):  # what led here is the error to show
             self.engine.destroy()
-        if distributed.is_initialized():
+        if distributed.is_initialized() and not alone:
             from deepspeed import comm
 
             comm.destroy_process_group()  # PyTorch's, and what DeepSpeed remembers of it

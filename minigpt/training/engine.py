@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt.arguments import TrainConfig
 from minigpt.data.collate import Batch
-from minigpt.distributed import all_or_none, is_main, start_process_group, world_size
+from minigpt.distributed import all_or_none, fails_alone, is_main, start_process_group, world_size
 from minigpt.model.gpt2 import GPT, GPTConfig
 from minigpt.training.machine import fit_to_machine
 from minigpt.training.optim import StepInfo, make_optimizer
@@ -125,7 +125,7 @@ class TorchEngine:
 
     def close(self) -> None:
         self.optimizer.state.clear()
-        if distributed.is_initialized():
+        if distributed.is_initialized() and not fails_alone(self.device.type):
             distributed.destroy_process_group()
 
 

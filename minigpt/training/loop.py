@@ -26,6 +26,7 @@ from minigpt.training.checkpoint import find_checkpoint, load_checkpoint, save_c
 from minigpt.training.engine import Engine
 from minigpt.training.metrics import Metrics, losses_of
 from minigpt.training.optim import learning_rate
+from minigpt.training.out_of_memory import explain_out_of_memory
 from minigpt.training.preemption import Preempted, Preemption
 from minigpt.training.report_to import Reports
 from minigpt.training.run import CONFIG, EXPORT, EXPORT_BEST, LOSS_PICTURE, METRICS, goes_on, leave, start_run
@@ -111,6 +112,7 @@ def train(
         FileExistsError: `output_dir` holds a run, and neither `resume` nor `overwrite_output_dir` is set.
         Preempted: SIGTERM or Ctrl-C came, and a checkpoint was written; leaves with exit code 75 if nobody catches it.
         FloatingPointError: the loss or the gradient is no longer a number.
+        OutOfMemory: the device's memory is too small; the message says what the plan is and which flag comes next.
     """
     window_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
     n_examples = len(train_data)
@@ -158,6 +160,11 @@ def train(
     skipped_in_a_row = 0
 
     with (
+        explain_out_of_memory(
+            *(config, engine.module.config, engine.device, lengths[:n_examples], lengths[n_examples:], replay_ratio),
+            step=lambda: result.steps,
+            evaluating=lambda: not engine.module.training,
+        ),
         Preemption(listen=output_dir is not None) as preemption,
         Metrics(
             output_dir,

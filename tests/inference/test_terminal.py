@@ -4,10 +4,12 @@ import json
 import re
 
 import pytest
+import torch
 
 from minigpt.arguments import SamplingArguments
 from minigpt.data.records import read_records
-from minigpt.inference.terminal import COMMANDS
+from minigpt.distributed import OutOfMemory
+from minigpt.inference.terminal import COMMANDS, Terminal
 from minigpt.model.gpt2 import GPT
 
 from .pseudo_terminal import Pty, answer
@@ -67,6 +69,19 @@ def test_help_lists_exactly_the_commands(terminal):
 def test_an_answer(terminal, twin):
     for question in ("Hello.", "日本語 😀?", "Once more"):
         assert terminal.say(question) == answer(twin, question)
+
+
+def test_out_of_memory_names_the_flags_and_forgets_the_question(twin):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    hook = twin.model.register_forward_pre_hook(fail)
+    chat = Terminal(twin, SamplingArguments(), fail)
+    with pytest.raises(OutOfMemory, match=r"^out of memory: a smaller --max_new_tokens \(now 256\) or a shorter conv"):
+        chat.show(twin.ask("Hello."))
+    hook.remove()
+    assert twin.messages == []
+    chat.show(twin.ask("Hello."))
 
 
 @pytest.mark.parametrize("command", ["/clear", "<clear>"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.distributed import is_out_of_memory
 from minigpt.inference.decoder import Decoder
 from minigpt.inference.next_token import Sampling
 from minigpt.model.gpt2 import GPT
@@ -115,7 +116,9 @@ class Worker:
                         self._forget(key)
                     job.deliver(Token(row, id, reason))
         except Exception as error:
-            print(f"error: the worker ended: {type(error).__name__}: {error}", file=sys.stderr)
+            said = " ".join(str(error).split())
+            advice = f" (a --max_batch_size below {self.max_rows} takes less)" if is_out_of_memory(error) else ""
+            print(f"error: the worker ended: {type(error).__name__}: {said}{advice}", file=sys.stderr)
             self.ended = WorkerEnded("the model failed, and the server must be started anew")
         with self._changed:
             assert self.ended

@@ -1,0 +1,159 @@
+"""Out of memory in training, as one line: what the run takes, what is there, and which flag to change next."""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigpt.arguments import TrainConfig
+from minigpt.distributed import OutOfMemory, is_out_of_memory, world_size
+from minigpt.model.gpt2 import GPTConfig
+from minigpt.training.checkpoint import checkpoints
+from minigpt.training.plan import Lengths, plan
+from minigpt.training.run import METRICS
+
+SUGGESTIONS = 3
+"""At most so many changes are named; the first is the one to try next."""
+WORTH_NAMING = 0.99
+"""A change that leaves more than this part of the estimate is not one."""
+FOREIGN = 0.05
+"""From this part of a GPU's memory on, what PyTorch does not hold is named: other processes, mostly."""
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(
+    config: TrainConfig,
+    model_config: GPTConfig,
+    device: torch.device | str,
+    lengths: Lengths,
+    replay_lengths: Lengths = (),
+    replay_ratio: float = 0.0,
+    *,
+    step: Callable[[], int] | None = None,
+    evaluating: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
+    """Turns PyTorch's error into an `OutOfMemory` whose message says what to change.
+
+    Args:
+        device: this rank's.
+        lengths, replay_lengths, replay_ratio: as `plan` takes them.
+        step: steps made so far; None while engine and weights are set up.
+        evaluating: whether an evaluation is under way, and not a step.
+
+    Raises:
+        OutOfMemory: in place of `torch.OutOfMemoryError`, and of what CPU, MPS, cuBLAS and NCCL raise instead.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        device = torch.device(device)
+        kind = "GPU memory" if device.type == "cuda" else "memory"
+        steps = step() if step else 0
+        where = f"evaluation at step {steps}" if evaluating() else f"step {steps + 1}" if step else "setting up"
+        parts = [f"{where}: out of {kind}"]
+        data = (lengths, replay_lengths, replay_ratio)
+        if evaluating():
+            rows = config.per_device_eval_batch_size
+            parts.append(_there(device))
+            parts.append(f"next: {f'--per_device_eval_batch_size {rows // 2}' if rows > 1 else _last_resort(config)}")
+        else:
+            needed, changes = next_changes(config, model_config, *data)
+            parts[0] += f": this run takes about {_gib(needed)} a {'GPU' if device.type == 'cuda' else 'process'}"
+            parts[0] += " by --plan's estimate"
+            parts.append(_there(device))
+            parts.append("next: " + ", then ".join([*changes, _last_resort(config)][:SUGGESTIONS]))
+        parts.append(_kept(config, steps))
+        raise OutOfMemory("; ".join(part for part in parts if part)) from error
+
+
+def next_changes(
+    config: TrainConfig,
+    model_config: GPTConfig,
+    lengths: Lengths,
+    replay_lengths: Lengths = (),
+    replay_ratio: float = 0.0,
+) -> tuple[float, list[str]]:
+    """What the plan says of this run in bytes of each GPU, and the flags that take less, each on top of those before.
+
+    >>> shape = GPTConfig.preset("gpt2")
+    >>> needed, changes = next_changes(TrainConfig(gradient_checkpointing=True), shape, [513] * 64)
+    >>> f"{needed / 2**30:.2f}", changes[0]
+    ('3.31', '--per_device_train_batch_size 4 --gradient_accumulation_steps 2 (2.77 GiB, the same steps)')
+    """
+
+    def estimate(config: TrainConfig) -> float:
+        with contextlib.redirect_stdout(io.StringIO()):  # what DeepSpeed's file changes was said at the start
+            planned = plan(config, model_config, lengths, replay_lengths, replay_ratio)
+        return planned.memory[planned.stage].total
+
+    current = copy(config)
+    current.plan = world_size()
+    needed = smallest = estimate(current)
+    texts = []
+    for change in _candidates(config):
+        changed = copy(current)
+        vars(changed).update(change)
+        if "_given" in vars(config):  # the flags that count as the user's, beside a DeepSpeed file
+            vars(changed)["_given"] = vars(current)["_given"] | set(change)
+        try:
+            bytes_left = estimate(changed)
+        except (ValueError, OSError):  # the DeepSpeed file fixes it; or ours is not there
+            continue
+        if bytes_left < WORTH_NAMING * smallest:
+            current, smallest = changed, bytes_left
+            same = ", the same steps" if "gradient_accumulation_steps" in change else ""
+            flags = (f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items())
+            texts.append(f"{' '.join(flags)} ({_gib(bytes_left)}{same})")
+    return needed, texts
+
+
+def _candidates(config: TrainConfig) -> list[dict[str, Any]]:
+    """Settings that may take less memory, those first that change neither the steps nor the engine."""
+    candidates: list[dict[str, Any]] = []
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    if batch > 1:
+        part = next(divisor for divisor in range(2, batch + 1) if batch % divisor == 0)
+        candidates.append(
+            {"per_device_train_batch_size": batch // part, "gradient_accumulation_steps": accumulation * part}
+        )
+    if not config.gradient_checkpointing:
+        candidates.append({"gradient_checkpointing": True})
+    precision = "fp16" if config.fp16 else "bf16"  # the files that divide have no fp32
+    names = [f"zero1_{precision}", f"zero2_{precision}", *(["zero3_fp16"] if config.fp16 else [])]
+    candidates += [{"deepspeed": f"configs/deepspeed/{name}.json"} for name in names]
+    return [*candidates, {"deepspeed": "configs/deepspeed/zero3_offload.json", precision: True}]
+
+
+def _last_resort(config: TrainConfig) -> str:
+    length = next((f"a shorter --{name} or " for name in ("max_seq_length", "block_size") if hasattr(config, name)), "")
+    return f"{length}a smaller model"
+
+
+def _there(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    foreign = total - free - torch.cuda.memory_reserved(device)
+    outside = f", {_gib(foreign)} of them held outside this PyTorch" if foreign > FOREIGN * total else ""
+    return f"{_gib(total)} are there{outside}"
+
+
+def _kept(config: TrainConfig, steps: int) -> str:
+    """What a new start finds of this run."""
+    if config.output_dir is None:
+        return ""
+    saved = checkpoints(Path(config.output_dir))
+    if saved:
+        return f"{saved[-1]} is intact (--resume latest)"
+    stepped = steps > 0 and (Path(config.output_dir) / METRICS).exists()
+    return "no checkpoint was written yet (--resume auto starts anew, --save_steps writes some)" if stepped else ""
+
+
+def _gib(amount: float) -> str:
+    return f"{amount / 2**30:.2f} GiB"
