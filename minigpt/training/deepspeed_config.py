@@ -131,10 +131,7 @@ def _refuse(file: DeepSpeedFile) -> None:
 def _precision(file: DeepSpeedFile) -> None:
     """`fp16.enabled` and `--fp16`, `bf16.enabled` and `--bf16`; the sections that come of them."""
     config = file.config
-    if config.precision == "auto" and (file.get("fp16.enabled") or file.get("bf16.enabled") is not None):
-        say(f"{file.name}: sets the precision, which --precision auto leaves open")
-        config.precision = None
-        vars(config).get("_given", set()).discard("precision")
+    file.replace_auto_precision()
     for name in ("fp16", "bf16"):
         file.agree(f"{name}.enabled", name)
     file.content["fp16"] = {**FP16_DEFAULTS, **_without_auto(file.section("fp16")), "enabled": config.fp16}

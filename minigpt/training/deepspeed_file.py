@@ -96,6 +96,14 @@ class DeepSpeedFile:
         """Whether the file or the user has said what this flag is."""
         return name in self.agreed or is_given(self.config, name)
 
+    def replace_auto_precision(self) -> None:
+        """Makes `--precision auto` unset if the file states a precision, which `agree` then takes from it."""
+        config = self.config
+        if config.precision == "auto" and (self.get("fp16.enabled") or self.get("bf16.enabled") is not None):
+            say(f"{self.name}: sets the precision, which --precision auto leaves open")
+            config.precision = None
+            vars(config).get("_given", set()).discard("precision")
+
     def agree(self, key: str, name: str, value: Any = None) -> None:
         """What is written at `key` is what the flag `name` is, or becomes it where nothing else has set the flag.
 
@@ -118,9 +126,11 @@ class DeepSpeedFile:
         if value != current:
             if name in self.agreed:
                 raise self.error(f"{stated} contradicts {self.agreed[name]}")
-            precision = name in TrainConfig.ALTERNATIVES and is_given(self.config, "precision")
-            if precision or is_given(self.config, name):
-                raise self.error(f'{stated} contradicts {_flag(name, current)} (drop one of them, or write "auto")')
+            flag = _flag(name, current) if is_given(self.config, name) else None
+            if name in TrainConfig.ALTERNATIVES and is_given(self.config, "precision"):
+                flag = f"--precision {'bf16' if self.config.bf16 else 'fp16' if self.config.fp16 else 'fp32'}"
+            if flag:
+                raise self.error(f'{stated} contradicts {flag} (drop one of them, or write "auto")')
             setattr(self.config, name, value)
             try:
                 TrainConfig.__post_init__(self.config)

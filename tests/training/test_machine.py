@@ -50,14 +50,16 @@ def test_make_engine_settles_what_is_left_open(machine_with):
     assert config.bf16
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_a_resumed_run_keeps_its_precision(machine_with, capsys, tmp_path, bf16):
-    machine_with(100.0 if bf16 else 0.5)
-    (tmp_path / "trainer.json").write_text(json.dumps({"recipe": {"bf16": bf16}}))
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_resumed_run_keeps_its_precision(machine_with, capsys, tmp_path, precision):
+    machine_with(100.0 if precision == "bf16" else 0.5)
+    recipe = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+    (tmp_path / "trainer.json").write_text(json.dumps({"recipe": recipe}))
     config = TrainConfig(precision="auto")
     fit_to_machine(config, "cpu", tmp_path)
-    assert config.bf16 == bf16
-    assert capsys.readouterr().out == f"precision: {'bf16' if bf16 else 'fp32'}, that of {tmp_path}\n"
+    assert {"bf16": config.bf16, "fp16": config.fp16} == recipe
+    assert config.precision is None
+    assert capsys.readouterr().out == f"precision: {precision}, that of {tmp_path}\n"
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -127,5 +129,27 @@ def test_a_deepspeed_file_sets_what_auto_leaves_open(tmp_path, capsys):
     assert (config.precision, config.bf16) == (None, True)
     assert f"{path}: sets the precision, which --precision auto leaves open\n" in capsys.readouterr().out
     config = parse(TrainConfig, ["--precision", "fp32", "--deepspeed", str(path)])
-    with pytest.raises(ValueError, match="bf16.enabled true contradicts --no_bf16 "):
+    with pytest.raises(ValueError, match="bf16.enabled true contradicts --precision fp32 "):
         deepspeed_config(config, 8, 1, "cpu")
+
+
+@pytest.mark.parametrize("plan", [None, 2])
+def test_the_deepspeed_file_is_asked_before_the_machine(tmp_path, capsys, plan):
+    """`--plan` and `--eval_only` come here first; fp32, chosen here, then contradicted the file."""
+    from minigpt.training.deepspeed_config import deepspeed_config
+
+    path = tmp_path / "x.json"
+    path.write_text('{"bf16": {"enabled": true}}')
+    flags = ["--precision", "auto", "--deepspeed", str(path), *(["--plan", str(plan)] if plan else [])]
+    config = parse(TrainConfig, flags)
+    fit_to_machine(config, "cpu")
+    assert deepspeed_config(config, 8, 1, "cpu")["bf16"]["enabled"]
+    assert "precision: fp32" not in capsys.readouterr().out
+
+
+def test_a_plan_made_on_a_cpu_is_of_the_precision_of_gpus(machine_with, capsys):
+    machine_with(100.0)
+    config = TrainConfig(precision="auto", plan=8)
+    fit_to_machine(config, "cpu")
+    assert config.bf16
+    assert capsys.readouterr().out.startswith("precision: bf16, which GPUs older than Ampere ")
