@@ -1,8 +1,8 @@
 """What this machine computes fast: which precision, with how many threads.
 
-A figure of one machine says nothing about another: bf16 doubles the speed where the processor has instructions for it
-and takes a hundred times as long where it is emulated (any x86 CPU without AVX512-BF16 or AMX). Flags of the CPU do not
-tell either, for oneDNN can be held back. So nothing here is a table of processors: a small product is timed.
+bf16 doubles the speed if the processor has instructions for it, and takes a hundred times as long if it is emulated
+(any x86 CPU without AVX512-BF16 or AMX). The CPU's flags do not decide it, because oneDNN may be told not to use them.
+So there is no table of processors here: a small product is timed.
 """
 
 import os
@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-# How OpenMP's threads wait: the standard's name, which LLVM's library reads too; GNU's, which torch brings on Linux.
-# 1,000 rounds are a few microseconds: two threads that are done at nearly the same time need not go to sleep.
+# How OpenMP's threads wait: OMP_WAIT_POLICY is the standard's variable, GOMP_SPINCOUNT that of GNU's library, which
+# torch's wheels for Linux contain. 1,000 rounds are a few microseconds, so that threads that finish at nearly the same
+# time do not go to sleep.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 TIMING_SECONDS = 0.1  # for each kind of product
+CPU_PRODUCT = 256, 512  # rows, width
+GPU_PRODUCT = 2048, 2048  # smaller ones take as long as their launch, in every precision
 EMULATED = 1.5  # times as long as fp32; a little above 1, bf16 may still pay, because it halves the bytes
+THREADS_PRODUCT = 704, 512  # a step of the demo has 704 rows
 BUSY = 0.8  # of the time of all threads: below it, half of them are faster by more than noise
 
 
@@ -25,13 +29,14 @@ def set_thread_waiting() -> None:
     """Makes OpenMP's threads sleep while they wait for one another, unless the user chose; before torch is imported.
 
     By default they spin: a step of two threads takes many times as long once another process computes on one of the
-    cores (`benchmarks/busy.py`). Entry points call this. A library must not change its host's process.
+    cores (`benchmarks/busy.py`). Scripts, examples and benchmarks call this; `import minigpt` does not, because a
+    library must not change its host's process.
     """
     if not any(name in os.environ for name in (*WAITING, "KMP_BLOCKTIME")):
         os.environ.update(WAITING)
 
 
-def product_seconds(dtype: "torch.dtype", device: str = "cpu", rows: int = 256, width: int = 512) -> float:
+def product_seconds(dtype: "torch.dtype", device: str, rows: int, width: int) -> float:
     """Mean seconds of a (rows,width) x (width,width) product, over about `TIMING_SECONDS`."""
     import torch
 
@@ -39,19 +44,18 @@ def product_seconds(dtype: "torch.dtype", device: str = "cpu", rows: int = 256, 
     x = torch.ones(rows, width, dtype=dtype, device=device)
     weight = torch.ones(width, width, dtype=dtype, device=device)
 
-    def run() -> float:
-        start = time.perf_counter()
+    def multiply() -> None:
         x @ weight
         if device_type != "cpu":
             getattr(torch, device_type).synchronize()
-        return time.perf_counter() - start
 
     with torch.no_grad():
-        run()  # the first one prepares the kernel
-        seconds = [run()]
-        while sum(seconds) < TIMING_SECONDS:
-            seconds.append(run())
-    return sum(seconds) / len(seconds)
+        multiply()  # the first one prepares the kernel
+        count, seconds, start = 0, 0.0, time.perf_counter()
+        while count == 0 or seconds < TIMING_SECONDS:
+            multiply()
+            count, seconds = count + 1, time.perf_counter() - start
+    return seconds / count
 
 
 @cache
@@ -59,8 +63,9 @@ def bf16_seconds_ratio(device: str = "cpu") -> float:
     """How many times as long a product takes in bf16 as in fp32, on this machine and now."""
     import torch
 
-    fp32 = product_seconds(torch.float32, device)
-    return product_seconds(torch.bfloat16, device) / fp32
+    rows, width = CPU_PRODUCT if torch.device(device).type == "cpu" else GPU_PRODUCT
+    fp32 = product_seconds(torch.float32, device, rows, width)
+    return product_seconds(torch.bfloat16, device, rows, width) / fp32
 
 
 def fastest_precision(device: str = "cpu") -> Literal["bf16", "fp32"]:
@@ -77,7 +82,8 @@ def bf16_warning(device: str = "cpu") -> str | None:
 
 
 def threads_warning(device: str = "cpu") -> str | None:
-    """A line that says how many threads compute, if fewer than the cores do, or if fewer would be faster now.
+    """A line that says how many threads compute, if OMP_NUM_THREADS holds them below the cores (torchrun and DeepSpeed
+    set it to 1), or if fewer would be faster now.
 
     The latter is so while another process uses the cores; two products are timed to see it.
     """
@@ -86,15 +92,15 @@ def threads_warning(device: str = "cpu") -> str | None:
     if device != "cpu":
         return None
     threads, cores = torch.get_num_threads(), available_cores()
-    if threads < cores:
-        return f"threads: {threads}, with {cores} cores (OMP_NUM_THREADS={threads})"
+    if threads < cores and "OMP_NUM_THREADS" in os.environ:  # else torch chose, such as one for each physical core
+        return f"threads: {threads} in each process (OMP_NUM_THREADS={threads}), on {cores} cores"
     half = threads // 2
     if half == 0:
         return None
     try:
-        seconds = product_seconds(torch.float32, rows=704)
+        seconds = product_seconds(torch.float32, device, *THREADS_PRODUCT)
         torch.set_num_threads(half)
-        fewer_seconds = product_seconds(torch.float32, rows=704)
+        fewer_seconds = product_seconds(torch.float32, device, *THREADS_PRODUCT)
     finally:
         torch.set_num_threads(threads)
     if fewer_seconds > BUSY * seconds:
@@ -105,5 +111,5 @@ def threads_warning(device: str = "cpu") -> str | None:
 
 
 def available_cores() -> int:
-    """The cores that this process may use."""
+    """The cores that this process may use; of a core with two hardware threads, both count."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,7 +26,7 @@ def seconds(monkeypatch):
 
 
 def test_a_product_is_really_timed():
-    few, many = (hardware.product_seconds(torch.float32, rows=rows, width=256) for rows in (1, 1024))
+    few, many = (hardware.product_seconds(torch.float32, "cpu", rows, width=256) for rows in (1, 1024))
     assert 0 < few < many
 
 
@@ -37,17 +37,33 @@ def test_bf16_that_is_emulated_is_said_with_the_factor(seconds):
     assert hardware.bf16_warning() is None
 
 
+def test_on_a_gpu_the_product_is_one_that_takes_longer_than_its_launch(monkeypatch):
+    """Of 256 x 512 x 512 a GPU needs a few microseconds in either precision, and noise would choose."""
+    shapes = []
+    monkeypatch.setattr(hardware, "product_seconds", lambda dtype, device, *shape: shapes.append(shape) or 1.0)
+    hardware.bf16_seconds_ratio.__wrapped__("cuda:0")
+    hardware.bf16_seconds_ratio.__wrapped__("cpu")
+    assert shapes == [hardware.GPU_PRODUCT] * 2 + [hardware.CPU_PRODUCT] * 2
+
+
 @pytest.mark.parametrize(
-    ("threads", "cores", "halved", "said"),
+    ("threads", "limited", "cores", "halved", "said"),
     [
-        (1, 2, None, "threads: 1, with 2 cores (OMP_NUM_THREADS=1)"),
-        (1, 1, None, None),
-        (4, 4, 0.003, None),  # a quiet machine
-        (4, 4, 0.001, "threads: 4, and 2 would be faster while another process uses the cores (OMP_NUM_THREADS=2)"),
+        (1, True, 2, None, "threads: 1 in each process (OMP_NUM_THREADS=1), on 2 cores"),
+        (1, False, 2, None, None),  # two hardware threads of one core: torch starts one thread
+        (1, True, 1, None, None),
+        (4, False, 4, 0.003, None),  # a quiet machine
+        (
+            *(4, False, 4, 0.001),
+            "threads: 4, and 2 would be faster while another process uses the cores (OMP_NUM_THREADS=2)",
+        ),
     ],
 )
-def test_threads_are_said_where_fewer_than_the_cores_help(monkeypatch, seconds, threads, cores, halved, said):
+def test_threads_are_said_where_fewer_than_the_cores_help(monkeypatch, seconds, threads, limited, cores, halved, said):
     monkeypatch.setattr(hardware, "available_cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if limited:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     before = torch.get_num_threads()
     if halved is not None:
         seconds[threads // 2] = halved
