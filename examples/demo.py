@@ -22,12 +22,12 @@ import yaml
 
 from minigpt.assets import demo_tasks, facts
 from minigpt.config import run
-from minigpt.distributed import clock
+from minigpt.distributed import clock, pick_device
 from minigpt.hardware import available_cores, fastest_precision
 
 ROOT = Path(__file__).parents[1]
 STEPS_WORTH = 2_900  # all of the demonstration, in steps of its pretraining: those themselves, tuning, answers, starts
-LONG = 600  # seconds above which the reasons are told
+LONG = 600  # seconds; above them the reasons are printed
 
 
 @dataclass
@@ -122,14 +122,16 @@ def main(config: DemoConfig) -> None:
 
 
 def announce() -> None:
-    """Says how long all of it will take on this machine, as it is now: some steps are timed, for a moment."""
+    """Says how long the demonstration will take on this machine, from a few steps that it times, and why if long."""
     import torch
 
     from minigpt import GPT, Batch, GPTConfig, TrainConfig, make_engine
 
     recipe = yaml.safe_load(Path("configs/demo_train.yaml").read_text(encoding="utf-8"))
-    bf16 = fastest_precision() == "bf16"
-    engine = make_engine(GPT(GPTConfig.from_pretrained(recipe["config_name"], vocab_size=4096)), TrainConfig(bf16=bf16))
+    device = pick_device()  # as the scripts do
+    precision = fastest_precision(device)
+    model = GPT(GPTConfig.from_pretrained(recipe["config_name"], vocab_size=4096)).to(device)
+    engine = make_engine(model, TrainConfig(bf16=precision == "bf16"))
     idx = torch.randint(0, 4096, (recipe["per_device_train_batch_size"], recipe["block_size"] + 1))
     batch, seconds = Batch(idx[:, :-1], idx[:, 1:]), []
     while len(seconds) < 3 or sum(seconds) < 1.5:
@@ -139,18 +141,19 @@ def announce() -> None:
         engine.step(1e-4)
         seconds.append(time.perf_counter() - start)
     step = statistics.median(seconds[1:])
-    total, threads = step * STEPS_WORTH, torch.get_num_threads()
-    print(
-        f"About {clock(total)} on this machine, in {'bf16' if bf16 else 'fp32'} on {threads} of {available_cores()} "
-        f"cores: a step takes {1000 * step:,.0f} ms."
-    )
-    if total > LONG:
-        load, cores = os.getloadavg()[0], available_cores()
-        why = [f"other processes use the cores (load {load:.1f}): end them"] if load > cores / 2 else []
+    total, threads, cores = step * STEPS_WORTH, torch.get_num_threads(), available_cores()
+    where = f"{threads} of {cores} cores" if device == "cpu" else device
+    print(f"About {clock(total)} on this machine, in {precision} on {where}: a step takes {1000 * step:,.0f} ms.")
+    if total > LONG and device == "cpu":
+        load, reasons = os.getloadavg()[0], []
+        if load > cores / 2:
+            reasons.append(f"other processes use the cores (load {load:.1f}): end them")
         if threads == 1:
-            why.append("there is one core" if cores == 1 else f"one thread computes: OMP_NUM_THREADS={cores} uses all")
-        why += [] if bf16 else ["this CPU has no fast bf16: one with AVX512-BF16 or AMX takes half the time"]
-        print("It is long because\n  " + "\n  ".join(why))
+            one_thread = f"one thread computes: OMP_NUM_THREADS={cores} uses all cores"
+            reasons.append("there is one core" if cores == 1 else one_thread)
+        if precision == "fp32":
+            reasons.append("this CPU has no fast bf16: one with AVX512-BF16 or AMX takes half the time")
+        print("\n  ".join(["It takes long because", *(reasons or ["these cores are slow"])]))
 
 
 @dataclass

@@ -2,11 +2,24 @@
 
 import importlib.util
 import re
+import time
 
 import pytest
 import torch
 
 from .workplace import ROOT
+
+
+class FakeEngine:
+    """Computes nothing: bf16 is slow on a CPU that emulates it."""
+
+    def __call__(self, batch):
+        time.sleep(0.1)
+        return 1.0, 1
+
+    def backward(self, loss, last): ...
+
+    def step(self, lr): ...
 
 
 @pytest.fixture
@@ -18,7 +31,8 @@ def demo(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "demo", module)  # where its dataclasses look for their module
     spec.loader.exec_module(module)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(module, "fastest_precision", lambda: "fp32")
+    monkeypatch.setattr(module, "pick_device", lambda: "cpu")
+    monkeypatch.setattr(module, "fastest_precision", lambda device: "fp32")
     return module
 
 
@@ -44,8 +58,20 @@ def test_a_long_one_says_why_and_what_helps(demo, capsys, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     demo.announce()
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "It is long because",
+        "It takes long because",
         "  other processes use the cores (load 7.2): end them",
-        "  one thread computes: OMP_NUM_THREADS=4 uses all",
+        "  one thread computes: OMP_NUM_THREADS=4 uses all cores",
         "  this CPU has no fast bf16: one with AVX512-BF16 or AMX takes half the time",
     ]
+
+
+def test_a_long_one_without_a_known_reason(demo, capsys, monkeypatch):
+    """Quiet, all threads, bf16: the list of reasons was empty."""
+    monkeypatch.setattr(demo, "LONG", 0)
+    monkeypatch.setattr(demo.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(demo, "available_cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(demo, "fastest_precision", lambda device: "bf16")
+    monkeypatch.setattr("minigpt.make_engine", lambda model, config: FakeEngine())
+    demo.announce()
+    assert capsys.readouterr().out.splitlines()[1:] == ["It takes long because", "  these cores are slow"]
