@@ -15,7 +15,7 @@ from minigpt.training.report_to import Reports, numbers_of
 from minigpt.training.run import LOSS_PICTURE, METRICS
 
 TIMED_STEPS = 200  # the newest, of which the median is the time of a step
-FIRST_ESTIMATE = 5.0  # seconds of steps until the time left is worth a line of its own
+FIRST_ESTIMATE = 5.0  # seconds of steps after which a line with the time left is printed, even if none is due
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's own time left counts pauses
 PICTURE_SECONDS = 10.0  # a run draws loss.png at most this often: a drawing takes half a second
 
@@ -24,7 +24,7 @@ class Metrics:
     """Writes each step's numbers on rank 0, into `folder` if there is one. A context manager: the end draws.
 
     A run that goes on after `first_step` steps appends to what it wrote before. `reports` get the same numbers.
-    `eval_steps`: how often there is an evaluation, which the time left includes.
+    `eval_steps`: steps between evaluations, which the time left includes; None without evaluations.
     """
 
     def __init__(
@@ -42,7 +42,8 @@ class Metrics:
         self.reports = reports
         self.eval_steps = eval_steps
         self.step_seconds: deque[float] = deque(maxlen=TIMED_STEPS)
-        self.eval_seconds = 0.0  # of the last evaluation
+        self.pause_seconds = 0.0  # between steps since the last evaluation
+        self.eval_seconds = 0.0  # of the last evaluation, the sample answers and the checkpoints since the one before
         self.estimated = False
         self.folder = folder if is_main() else None
         self.file: IO[str] | None = None
@@ -66,13 +67,15 @@ class Metrics:
     def log(self, line: dict[str, Any], seconds: float) -> None:
         """A step: all of it to the file, the bar moved on, a line printed where one is due.
 
-        `seconds` are the step's own; an evaluation that followed it is the rest of the time since the last call.
+        `seconds` are the step's own. The rest of the time since the last call went into an evaluation, sample answers or
+        a checkpoint.
         """
         first = line["step"] == self.first_step + 1
         if not first:  # which prepares kernels and memory
             self.step_seconds.append(seconds)
+        self.pause_seconds += time.perf_counter() - self.mark - seconds
         if "val_loss" in line:
-            self.eval_seconds = time.perf_counter() - self.mark - seconds
+            self.eval_seconds, self.pause_seconds = self.pause_seconds, 0.0
         if self.file is not None:
             finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
             self.file.write(json.dumps(finite) + "\n")  # JSON knows no infinity, which an overflow in fp16 is
@@ -100,9 +103,9 @@ class Metrics:
         self.mark = time.perf_counter()
 
     def _seconds_left(self, step: int) -> float:
-        """Of the steps to come, each as long as the median of the newest ones, and of their evaluations.
+        """Of the remaining steps, each as long as the median of the newest ones, and of their evaluations.
 
-        The median and not the mean, which the first step or a pause would falsify for the rest of the run.
+        Not the mean, because one slow step would distort the estimate for the rest of the run.
         """
         evaluations = 0
         if self.eval_steps:

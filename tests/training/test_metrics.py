@@ -32,14 +32,16 @@ def test_the_time_left_is_the_median_step_and_the_evaluations(monkeypatch, capsy
             seconds = 60.0 if step == 1 else 30.0 if step == 10 else 2.0
             now[0] += seconds
             if step % 25 == 0:
-                now[0] += 7.0
+                now[0] += 7.0  # the evaluation
             metrics.log({"step": step, **line} | ({"val_loss": 2.0} if step % 25 == 0 else {}), seconds)
+            if step % 25 == 0:
+                now[0] += 4.0  # sample answers and a checkpoint
     out = [text.split()[1:2] + text.split()[-2:] for text in capsys.readouterr().out.splitlines()]
     assert out == [
         ["1/100", "1", "tok/s"],
         ["4/100", "0:03:12", "left"],  # as soon as steps have taken five seconds: 96 x 2 s; no evaluation is timed yet
         ["25/100", "0:02:51", "left"],  # 75 x 2 s and three evaluations of 7 s
-        ["50/100", "0:01:54", "left"],
+        ["50/100", "0:02:02", "left"],  # 50 x 2 s and two evaluations, the last of 7 s after a checkpoint of 4 s
     ]
 
 
