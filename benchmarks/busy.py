@@ -3,7 +3,7 @@
     python benchmarks/busy.py --repeat 3
 
 OpenMP's threads wait for one another at the end of every product. By default they spin, which gains little on a quiet
-machine and is ruinous on a busy one: a thread that has no core lets all others spin until the scheduler comes round.
+machine and costs a multiple on a busy one: while one thread has no core, all others spin and use up theirs.
 Each row is a way to wait, as the environment sets it before torch is imported; the last is what the scripts set
 (`minigpt.hardware.set_thread_waiting`). Milliseconds a step of 8 x 88 tokens: medians of the steps, and of `--repeat`
 processes, which take turns.
@@ -55,6 +55,7 @@ def work(steps: int) -> None:
 
 
 def measure(variant: str, busy: bool, args: argparse.Namespace) -> float:
+    """Median milliseconds of a step in a new process; `busy`: while another process computes on one core."""
     names = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     environment = {key: value for key, value in os.environ.items() if key not in names} | VARIANTS[variant]
     other = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
@@ -79,12 +80,12 @@ def main() -> None:
     if args.work:
         work(args.steps)
         return
-    found: dict[str, dict[bool, list[float]]] = {variant: {False: [], True: []} for variant in args.variants}
+    times: dict[str, dict[bool, list[float]]] = {variant: {False: [], True: []} for variant in args.variants}
     for _ in range(args.repeat):
         for variant in args.variants:
             for busy in (False, True):
-                found[variant][busy].append(measure(variant, busy, args))
-    medians = {variant: [statistics.median(runs[busy]) for busy in (False, True)] for variant, runs in found.items()}
+                times[variant][busy].append(measure(variant, busy, args))
+    medians = {variant: [statistics.median(runs[busy]) for busy in (False, True)] for variant, runs in times.items()}
     print(f"{'ms a step':40}{'quiet':>8}{'busy':>8}{'ratio':>8}")
     for variant, (quiet, busy) in medians.items():
         print(f"{variant:40}{quiet:8.0f}{busy:8.0f}{busy / quiet:8.1f}")
