@@ -67,8 +67,8 @@ class Metrics:
     def log(self, line: dict[str, Any], seconds: float) -> None:
         """A step: all of it to the file, the bar moved on, a line printed where one is due.
 
-        `seconds` are the step's own. The rest of the time since the last call went into an evaluation, sample answers or
-        a checkpoint.
+        `seconds` are the step's own. The rest of the time since the last call went into an evaluation, sample
+        answers or a checkpoint.
         """
         first = line["step"] == self.first_step + 1
         if not first:  # which prepares kernels and memory
