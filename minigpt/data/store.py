@@ -10,7 +10,7 @@ Of all processes that want it, the ranks of one run or several runs, one builds 
     prompt_lengths.bin  int64: how many ids of each example are prompt
     meta.json           the statistics; size and sha256 of each file above, and of meta.json itself
 
-A store is written to the disk before it gets its name, and checked whenever it is opened; a damaged one is built anew.
+A store is written to the disk before it gets its name, and checked whenever it is opened; a damaged one is rebuilt.
 """
 
 import errno
@@ -41,8 +41,8 @@ from minigpt.files import remove, to_disk, writing_to
 from minigpt.version import __version__
 
 FORMAT = 1  # of the files above; a change makes new stores, whose runs do not resume from checkpoints made before
-PATIENCE = 5.0  # seconds to wait for another process before a word about it
-LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE}  # errors that a new store mends
+PATIENCE = 5.0  # seconds to wait for another process before a line says so
+LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE}  # errors that building the store repairs
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class DamagedStoreError(ValueError):
 class TokenStore(Sequence[Example]):
     """Examples on disk. Reading one touches its pages and no more.
 
-    Opening reads all files once and compares their sums, in every process: a file of the right size whose ids are
-    all zero is found in no cheaper way. It takes two fifths of what finding the store takes, because `_key` hashes
-    the source in every process, which is larger (about 4 bytes a token; a store has 3), and with a slower hash.
+    Opening reads all files once and compares their sums, in every process: nothing cheaper finds a file of the right
+    size whose ids are all zero. It takes two fifths of the time of `_key`, which hashes the source in every process:
+    the source is larger (about 4 bytes a token; a store has 3), and its hash is slower.
 
     Raises:
-        DamagedStoreError: a file is missing, cannot be read or is not what was written; or the store is of a version
-            that kept no sums.
+        DamagedStoreError: a file is missing, cannot be read or is not what was written; or the store was built by a
+            version that kept no sums.
     """
 
     def __init__(self, folder: Path):
@@ -170,7 +170,7 @@ def build_store(
     skip_bad_records: int = 0,
     cache_dir: str | Path | None = None,
 ) -> TokenStore:
-    """The store of a set of conversations: found where it was built before, else built; built anew if damaged.
+    """The store of a set of conversations: found where it was built before, else built; rebuilt if damaged.
 
     Args:
         paths: whatever `read_records` reads.
@@ -243,7 +243,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedStoreError("meta.json is not JSON") from error
     if not isinstance(meta, dict) or "sha256" not in meta:
-        raise DamagedStoreError("meta.json has no sums to check it by, as that of an earlier version has none")
+        raise DamagedStoreError("meta.json has no sums, as written by an earlier version")
     if meta.pop("sha256") != _sum_of_meta(meta):
         raise DamagedStoreError("meta.json is not what was written: its sha256 differs")
     return meta
@@ -254,8 +254,11 @@ def _sum_of_meta(meta: dict[str, Any]) -> str:
 
 
 def _map(path: Path, dtype: np.dtype, meta: dict[str, Any]) -> np.ndarray:
-    """A file's numbers, mapped into memory, if it is what was written. What is summed and what is mapped is one file,
-    though another process may put a new store in this one's place meanwhile."""
+    """A file's numbers, mapped into memory, if it is what was written.
+
+    It is opened once, so that the bytes that are mapped are those that were summed, even if another process replaces
+    the store in between.
+    """
     written = meta["files"][path.name]
     with _lost_is_damaged(path.name), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -268,7 +271,7 @@ def _map(path: Path, dtype: np.dtype, meta: dict[str, Any]) -> np.ndarray:
 
 @contextmanager
 def _lost_is_damaged(name: str) -> Iterator[None]:
-    """A missing or unreadable file is damage; a missing right or too many open files are not."""
+    """Turns the error of a missing or unreadable file into `DamagedStoreError`; not one of permissions, say."""
     try:
         yield
     except OSError as error:
@@ -296,8 +299,8 @@ def _open(
 ) -> TokenStore:
     """The store of this key; if there is none, or it is damaged, one process builds it and the others wait.
 
-    The builder holds a lock of the operating system, which falls with its process: if it was killed, one of those
-    that wait takes its place. No collective is open meanwhile that could time out.
+    The builder holds a lock of the operating system, which is freed when its process ends: if it is killed, one of
+    those that wait takes its place. They wait in no collective call, which could time out.
     """
     root = Path(cache_dir or os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt") / "stores"
     folder = root / key
@@ -315,20 +318,20 @@ def _open(
                 "--cache_dir chooses another place"
             )
         started, locked = time.monotonic(), False
-        while not locked and _stamp(folder) == seen:  # else another process changed it: look again
+        while not locked and _stamp(folder) == seen:  # if it changed, another process did that: open it again
             try:
                 with writing_to(root, "--cache_dir"):
                     root.mkdir(parents=True, exist_ok=True)
                     with _try_lock(root / f".{key}.lock") as locked:
                         if locked and _stamp(folder) == seen:  # it may have changed since the look above
-                            if damage:  # not `say`: the process that came first may be any rank
-                                print(f"{folder}: damaged ({damage}): building it anew", file=sys.stderr, flush=True)
+                            if damage:  # not `say`: the process that holds the lock may be any rank
+                                print(f"{folder}: damaged ({damage}): rebuilding it", file=sys.stderr, flush=True)
                             _build(folder, tokenizer, files, fill)
                             built = True
             except OSError as error:
                 if not damage:
                     raise
-                raise OSError(f"{folder}: damaged ({damage}), and cannot be built anew: {error}") from error
+                raise OSError(f"{folder}: damaged ({damage}), and cannot be rebuilt: {error}") from error
             if not locked:
                 waited = time.monotonic() - started
                 if waited > PATIENCE and not told:
@@ -338,7 +341,10 @@ def _open(
 
 
 def _stamp(folder: Path) -> tuple[int, int] | None:
-    """Changes when a store comes, goes or is replaced: spares those that wait summing a damaged one every second."""
+    """Inode and time of the folder, which change if a store appears, vanishes or is replaced.
+
+    So a waiting process need not sum a damaged store again every second.
+    """
     try:
         status = folder.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -363,9 +369,9 @@ def _try_lock(path: Path) -> Iterator[bool]:
 
 
 def _build(folder: Path, tokenizer: Tokenizer, files: Sequence[Path], fill: Callable[["_Writer"], None]) -> None:
-    """Fills a store beside its place and moves it there whole, on the disk before it has its name. Its lock is held.
+    """Fills a temporary folder, waits until it is on the disk, and renames it to `folder`. The caller holds the lock.
 
-    A damaged store is removed first: there may be no room for two, and if it cannot be removed, that is found before
+    A damaged store is removed first: there may be no space for two, and if it cannot be removed, that is found before
     the work.
     """
     # by machine: where a network file system keeps locks to each machine, two may build the same at once
@@ -393,9 +399,9 @@ def _build(folder: Path, tokenizer: Tokenizer, files: Sequence[Path], fill: Call
 
 
 def _remove_damaged(folder: Path, aside: Path) -> None:
-    """Removes the folder if it is there. A process that has its files mapped keeps them until it ends."""
+    """Removes the folder, if there is one. A process that has its files mapped keeps them until it ends."""
     try:
-        folder.rename(aside)  # in one step; and a network file system keeps the files in use, and so their folder
+        folder.rename(aside)  # atomic; and on a network file system a folder with files in use cannot be removed
     except FileNotFoundError:  # there is none; or another machine removed it
         return
     except OSError as error:
@@ -407,7 +413,7 @@ def _remove_damaged(folder: Path, aside: Path) -> None:
 
 
 class _SummedFile:
-    """A new file, and the size and sum of what it was given, which is not always what a disk gives back."""
+    """A new file, and the size and sum of the bytes written, which a failing disk may not give back."""
 
     def __init__(self, file: BinaryIO):
         self.file = file

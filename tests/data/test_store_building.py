@@ -234,7 +234,7 @@ def test_of_three_processes_that_find_a_damaged_store_one_replaces_it(tmp_path, 
     assert outputs == (f"{folder} 30\n",) * 3
     assert len(builders(log)) == 1
     assert "".join(errors) == (
-        f"{folder}: damaged (ids.bin is not what was written: its sha256 differs): building it anew\n"
+        f"{folder}: damaged (ids.bin is not what was written: its sha256 differs): rebuilding it\n"
     )
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
     assert list((cache / "stores").iterdir()) == [folder]

@@ -1,4 +1,4 @@
-"""A damaged token store: found at opening, whatever the damage is, and built anew; and what keeps one from coming."""
+"""A damaged token store: found at opening, whatever the damage is, and rebuilt; and what keeps one from coming."""
 
 import errno
 import hashlib
@@ -142,8 +142,8 @@ def test_the_line_names_the_folder_and_the_damage(path, cache, capfd, monkeypatc
     flip(folder / "ids.bin", 9)
     build(path, cache)
     assert capfd.readouterr().err.splitlines() == [
-        f"{folder}: damaged (offsets.bin has 8 bytes instead of {size}): building it anew",
-        f"{folder}: damaged (ids.bin is not what was written: its sha256 differs): building it anew",
+        f"{folder}: damaged (offsets.bin has 8 bytes instead of {size}): rebuilding it",
+        f"{folder}: damaged (ids.bin is not what was written: its sha256 differs): rebuilding it",
     ]
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_store_that_cannot_be_replaced_is_one_error(place, path, cache
     with pytest.raises(OSError) as caught:
         build(path, cache)
     assert str(caught.value) == (
-        f"{folder}: damaged (ids.bin is not what was written: its sha256 differs), and cannot be built anew: "
+        f"{folder}: damaged (ids.bin is not what was written: its sha256 differs), and cannot be rebuilt: "
         f"{folder.parent}: cannot be written to (Read-only file system); --cache_dir chooses another place"
     )
     assert len(builds) == 1
@@ -255,7 +255,11 @@ def test_those_that_wait_sum_a_damaged_store_once_and_take_its_successor_when_it
     with module._try_lock(folder.with_name(f".{folder.name}.lock")):
         waiting = threading.Thread(target=lambda: stores.append(build(path, cache)), daemon=True)
         waiting.start()
-        time.sleep(1)
+        deadline = time.monotonic() + 60
+        while not opened:  # on a busy machine a thread may start late
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(1)  # it looks again after 0.05 s, 0.1 s, ...
         assert len(opened) == 1
         folder.rename(tmp_path / "damaged")
         (tmp_path / "whole").rename(folder)
@@ -323,6 +327,5 @@ def test_a_store_without_sums_is_built_anew_under_its_name(tmp_path, cache, buil
     assert np.array_equal(again.supervised, np.ones(len(ids), dtype=bool))
     assert len(builds) == 2
     assert capfd.readouterr().err == (
-        f"{store.folder}: damaged (meta.json has no sums to check it by, as that of an earlier version has none): "
-        "building it anew\n"
+        f"{store.folder}: damaged (meta.json has no sums, as written by an earlier version): rebuilding it\n"
     )
