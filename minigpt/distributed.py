@@ -107,7 +107,7 @@ class OutOfMemory(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is PyTorch's `OutOfMemoryError`, or what CPU, MPS, cuBLAS or NCCL say in its place."""
+    """Whether this is PyTorch's `OutOfMemoryError`, or what CPU, MPS, cuBLAS or NCCL raise instead of it."""
     signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
@@ -124,10 +124,11 @@ def explained_if_out_of_memory(advice: str) -> Iterator[None]:
 
 
 def fails_alone(device_type: str) -> bool:
-    """Whether an error is ending this rank that the other ranks may not have, and they would not hear its farewell.
+    """Whether this rank is ending with an error on GPUs while others may still run: its process group is left as it is.
 
-    NCCL takes leave together with all ranks (`ncclCommDestroy`), so that a rank out of memory would wait for others
-    that wait for it. Where this process just ends, its launcher ends theirs. Gloo tells the others by itself.
+    Call it while the error is being handled. Destroying NCCL's communicators waits for all ranks (`ncclCommDestroy`),
+    and those wait for this rank in a collective: a deadlock. If this process just exits, its launcher ends the others.
+    With gloo, a closed connection is an error in the others.
     """
     return device_type == "cuda" and world_size() > 1 and isinstance(sys.exc_info()[1], Exception)
 

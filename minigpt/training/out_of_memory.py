@@ -16,12 +16,9 @@ from minigpt.training.checkpoint import checkpoints
 from minigpt.training.plan import Lengths, plan
 from minigpt.training.run import METRICS
 
-SUGGESTIONS = 3
-"""At most so many changes are named; the first is the one to try next."""
-WORTH_NAMING = 0.99
-"""A change that leaves more than this part of the estimate is not one."""
-FOREIGN = 0.05
-"""From this part of a GPU's memory on, what PyTorch does not hold is named: other processes, mostly."""
+SUGGESTIONS = 3  # changes in the message; the first is the one to try next
+MAX_RATIO = 0.99  # of the estimate before: a change that leaves more is not suggested
+MIN_OUTSIDE = 0.05  # of the GPU's memory: if other processes hold more, the message says how much
 
 
 @contextlib.contextmanager
@@ -53,22 +50,18 @@ def explain_out_of_memory(
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
         device = torch.device(device)
-        kind = "GPU memory" if device.type == "cuda" else "memory"
+        memory, place = ("GPU memory", "GPU") if device.type == "cuda" else ("memory", "process")
         steps = step() if step else 0
-        where = f"evaluation at step {steps}" if evaluating() else f"step {steps + 1}" if step else "setting up"
-        parts = [f"{where}: out of {kind}"]
-        data = (lengths, replay_lengths, replay_ratio)
         if evaluating():
+            what = f"evaluation at step {steps}: out of {memory}"
             rows = config.per_device_eval_batch_size
-            parts.append(_there(device))
-            parts.append(f"next: {f'--per_device_eval_batch_size {rows // 2}' if rows > 1 else _last_resort(config)}")
+            changes = [f"--per_device_eval_batch_size {rows // 2}"] if rows > 1 else [_last_resort(config)]
         else:
-            needed, changes = next_changes(config, model_config, *data)
-            parts[0] += f": this run takes about {_gib(needed)} a {'GPU' if device.type == 'cuda' else 'process'}"
-            parts[0] += " by --plan's estimate"
-            parts.append(_there(device))
-            parts.append("next: " + ", then ".join([*changes, _last_resort(config)][:SUGGESTIONS]))
-        parts.append(_kept(config, steps))
+            needed, changes = next_changes(config, model_config, lengths, replay_lengths, replay_ratio)
+            what = f"{f'step {steps + 1}' if step else 'setting up'}: out of {memory}: "
+            what += f"this run takes about {_gib(needed)} a {place} by --plan's estimate"
+            changes = [*changes, _last_resort(config)][:SUGGESTIONS]
+        parts = [what, _device_memory(device), "next: " + ", then ".join(changes), _kept(config, steps)]
         raise OutOfMemory("; ".join(part for part in parts if part)) from error
 
 
@@ -79,7 +72,7 @@ def next_changes(
     replay_lengths: Lengths = (),
     replay_ratio: float = 0.0,
 ) -> tuple[float, list[str]]:
-    """What the plan says of this run in bytes of each GPU, and the flags that take less, each on top of those before.
+    """The plan's bytes on each GPU, and the flags that need less memory, each in addition to those before it.
 
     >>> shape = GPTConfig.preset("gpt2")
     >>> needed, changes = next_changes(TrainConfig(gradient_checkpointing=True), shape, [513] * 64)
@@ -103,9 +96,9 @@ def next_changes(
             vars(changed)["_given"] = vars(current)["_given"] | set(change)
         try:
             bytes_left = estimate(changed)
-        except (ValueError, OSError):  # the DeepSpeed file fixes it; or ours is not there
+        except (ValueError, OSError):  # the run's DeepSpeed file fixes this setting; or configs/deepspeed is not here
             continue
-        if bytes_left < WORTH_NAMING * smallest:
+        if bytes_left < MAX_RATIO * smallest:
             current, smallest = changed, bytes_left
             same = ", the same steps" if "gradient_accumulation_steps" in change else ""
             flags = (f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items())
@@ -114,7 +107,7 @@ def next_changes(
 
 
 def _candidates(config: TrainConfig) -> list[dict[str, Any]]:
-    """Settings that may take less memory, those first that change neither the steps nor the engine."""
+    """Settings that may need less memory; first those that change neither the steps nor the engine."""
     candidates: list[dict[str, Any]] = []
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if batch > 1:
@@ -124,7 +117,7 @@ def _candidates(config: TrainConfig) -> list[dict[str, Any]]:
         )
     if not config.gradient_checkpointing:
         candidates.append({"gradient_checkpointing": True})
-    precision = "fp16" if config.fp16 else "bf16"  # the files that divide have no fp32
+    precision = "fp16" if config.fp16 else "bf16"  # configs/deepspeed has no file for fp32
     names = [f"zero1_{precision}", f"zero2_{precision}", *(["zero3_fp16"] if config.fp16 else [])]
     candidates += [{"deepspeed": f"configs/deepspeed/{name}.json"} for name in names]
     return [*candidates, {"deepspeed": "configs/deepspeed/zero3_offload.json", precision: True}]
@@ -135,17 +128,18 @@ def _last_resort(config: TrainConfig) -> str:
     return f"{length}a smaller model"
 
 
-def _there(device: torch.device) -> str:
+def _device_memory(device: torch.device) -> str:
+    """What the GPU has, and how much of it other processes hold."""
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)
-    foreign = total - free - torch.cuda.memory_reserved(device)
-    outside = f", {_gib(foreign)} of them held outside this PyTorch" if foreign > FOREIGN * total else ""
-    return f"{_gib(total)} are there{outside}"
+    outside = total - free - torch.cuda.memory_reserved(device)
+    held = f", {_gib(outside)} of it held outside this PyTorch" if outside > MIN_OUTSIDE * total else ""
+    return f"the GPU has {_gib(total)}{held}"
 
 
 def _kept(config: TrainConfig, steps: int) -> str:
-    """What a new start finds of this run."""
+    """The checkpoint from which the run can be resumed, or that there is none."""
     if config.output_dir is None:
         return ""
     saved = checkpoints(Path(config.output_dir))

@@ -154,7 +154,7 @@ def test_each_estimate_is_less_than_the_one_before():
 
 
 @pytest.mark.parametrize(
-    ("foreign", "told"), [(0.2, ""), (3.0, r", 3\.00 GiB of them held outside this PyTorch")], ids=["", "others"]
+    ("foreign", "told"), [(0.2, ""), (3.0, r", 3\.00 GiB of it held outside this PyTorch")], ids=["", "others"]
 )
 def test_on_a_gpu_the_line_says_what_is_there(monkeypatch, foreign, told):
     total, ours = int(11.9 * 2**30), 8 * 2**30
@@ -163,7 +163,8 @@ def test_on_a_gpu_the_line_says_what_is_there(monkeypatch, foreign, told):
     with pytest.raises(OutOfMemory) as error, explain_out_of_memory(TrainConfig(), GPT2, "cuda:0", LENGTHS):
         raise_cuda()
     line = (
-        r"setting up: out of GPU memory: this run takes about \S+ GiB a GPU by --plan's estimate; 11\.90 GiB are there"
+        r"setting up: out of GPU memory: this run takes about \S+ GiB a GPU by --plan's estimate; "
+        r"the GPU has 11\.90 GiB"
     )
     assert re.match(line + told + "; next: --per_device_train", str(error.value))
 
