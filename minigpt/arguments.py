@@ -160,7 +160,7 @@ class PredictArguments:
 class TrainConfig:
     """What the loop and the optimizer read."""
 
-    ALTERNATIVES = ("precision", "bf16", "fp16")  # one of them as a flag: what a YAML file says of all three is void
+    ALTERNATIVES = ("precision", "bf16", "fp16")  # a flag for one of them replaces all three in a YAML file
 
     output_dir: str | None = None
     """Folder the run is written to. Unset: runs/SCRIPT."""
@@ -234,7 +234,7 @@ class TrainConfig:
         if self.precision is not None and (self.fp16 or self.bf16):
             flag = "--fp16" if self.fp16 else "--bf16"
             raise ValueError(f"--precision {self.precision} and {flag} both say how to compute: give one")
-        if self.precision not in (None, "auto"):  # from here on, the two switches say it
+        if self.precision not in (None, "auto"):  # from here on, bf16 and fp16 tell
             self.fp16, self.bf16, self.precision = self.precision == "fp16", self.precision == "bf16", None
         if self.resume and self.overwrite_output_dir:
             raise ValueError("--resume goes on with a run, --overwrite_output_dir ends it: give one")

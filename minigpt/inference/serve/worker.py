@@ -116,9 +116,9 @@ class Worker:
                         self._forget(key)
                     job.deliver(Token(row, id, reason))
         except Exception as error:
-            said = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             advice = f" (a --max_batch_size below {self.max_rows} takes less)" if is_out_of_memory(error) else ""
-            print(f"error: the worker ended: {type(error).__name__}: {said}{advice}", file=sys.stderr)
+            print(f"error: the worker ended: {type(error).__name__}: {message}{advice}", file=sys.stderr)
             self.ended = WorkerEnded("the model failed, and the server must be started anew")
         with self._changed:
             assert self.ended
