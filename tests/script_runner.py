@@ -20,13 +20,18 @@ LIBRARIES = "matplotlib.figure, numpy, safetensors.torch, tiktoken, torch, tqdm,
 
 
 class ScriptRunner:
-    """The program below, running in `folder`. It ends when this object is garbage."""
+    """The program below. It ends when this object is garbage.
 
-    def __init__(self, folder: Path, environment: dict[str, str]):
+    Args:
+        folder: where the scripts' standard streams are kept.
+        cwd: the scripts' working directory, if that is another.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, str], cwd: Path | None = None):
         self.folder = folder
         self.process = subprocess.Popen(
             [sys.executable, __file__],
-            cwd=folder,
+            cwd=cwd or folder,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

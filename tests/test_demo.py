@@ -1,12 +1,34 @@
-"""What the demonstration says of the tasks that its model wrote; the rest of it is `make demo`."""
+"""The demonstration: its recipes begin to train, and what it says of the tasks that its model wrote.
+
+The rest of it is `make demo`.
+"""
 
 import importlib.util
 import json
-from pathlib import Path
+import math
+
+import pytest
 
 from minigpt.assets import demo_tasks, facts
 
-DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
+from .workplace import ROOT, Workplace
+
+DEMO = ROOT / "examples" / "demo.py"
+
+
+def test_its_recipes_train_on_this_cpu(tmp_path):
+    """Two steps of each, on a few lines: the precision and the kernels are those that the demonstration would take."""
+    work = Workplace(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    short = ("--max_steps", 2, "--warmup_steps", 0, "--per_device_train_batch_size", 2, "--eval_samples", 0)
+    pretraining = ("--config", "configs/demo_train.yaml", "--data", "corpus.txt", "--output_dir", "pretrained")
+    work.good("train.py", *pretraining, *short[:6], "--sample_tokens", 0)
+    tuning = ("--config", "configs/demo_sft.yaml", "--data", "train.json", "--output_dir", "tuned")
+    replay = ("--model_name_or_path", "pretrained/export", "--replay_data", "corpus.txt", "--template", "alpaca-short")
+    work.good("sft.py", *tuning, *replay, *short)
+    for run, chance in (("pretrained", math.log(4096)), ("tuned", None)):
+        first, last = work.losses(run)
+        assert first == pytest.approx(chance, rel=0.02) if chance else last < first
 
 
 def test_only_tasks_that_stand_nowhere_count_as_new(tmp_path, capsys):

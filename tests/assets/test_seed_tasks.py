@@ -1,4 +1,4 @@
-"""The embedded seed pool: well-formed, varied, short enough for GPT-2; what its code does, check_seed_tasks.py checks."""
+"""The embedded seed pool: well-formed, varied, short enough for GPT-2, and as check_seed_tasks.py checked it."""
 
 import hashlib
 import random
