@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test test-slow lint readme clean
+.PHONY: demo test test-slow test-small-cpus lint readme clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --seed $(SEED)
@@ -14,6 +14,20 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow
+
+# What computes differently on a smaller CPU, tested as on one with AVX2 at most, then on one without AVX: a fast path
+# that the CPU lacks must fall back to the plain one and give equal results. The variables hold back the kernels of
+# PyTorch (ATEN), oneDNN and MKL. They cannot imitate a small CPU's speed, nor hold back code that does not read them
+# (fbgemm, which int8 layers use; NumPy; safetensors), nor add AVX512 or AMX to a CPU that lacks them.
+SMALL_CPU_TESTS := tests/model tests/inference/test_fast.py tests/inference/test_decoder.py \
+	tests/inference/test_sampling.py tests/training/test_engine.py tests/training/test_loop.py \
+	tests/test_configs.py tests/test_demo.py
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+SSE4 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+
+test-small-cpus: $(VENV)/.dev
+	$(AVX2) $(BIN)/python -m pytest -q -n 2 --dist loadfile $(SMALL_CPU_TESTS)
+	$(SSE4) $(BIN)/python -m pytest -q -n 2 --dist loadfile $(SMALL_CPU_TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

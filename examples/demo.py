@@ -1,6 +1,6 @@
 """From raw text to answers in a few minutes, on a CPU, without a network.
 
-A GPT-2 of 2.6 million parameters reads a corpus of facts that comes with the package, is tuned on questions about
+A GPT-2 of 2.1 million parameters reads a corpus of facts that comes with the package, is tuned on questions about
 most of them, and is then asked about the others: facts that it has read, but never been asked about. In the end it
 writes tasks of its own. Each stage is one of the scripts, run as you would run it; the commands are shown.
 
@@ -106,7 +106,7 @@ def main(config: DemoConfig) -> None:
 
     title(
         "What this model is",
-        "A network of 2.6 million parameters that knows the few hundred facts of its corpus and has learnt to\n"
+        "A network of 2.1 million parameters that knows the few hundred facts of its corpus and has learnt to\n"
         "answer questions about them in one sentence. It knows nothing else, and when asked something else it\n"
         "makes an answer up in the same confident form. The same scripts train the real GPT-2.",
     )

@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes: many threads on tiny tensors only wait
+from minigpt.hardware import set_thread_waiting
+
+# Before torch is imported: many threads on tiny tensors only wait for one another, and should not spin while they do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+set_thread_waiting()
 # A shell's background job ignores Ctrl-C, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data (the GPT-2 vocabulary, instruction data) that lies beside a developer's checkout."""
-    folder = Path(__file__).parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is absent: this test reads real data that is not part of the project")
+    """A folder with real data that is not part of the project: gpt2/ (the vocabulary), instruction data, seed tasks."""
+    name = os.environ.get("MINIGPT_TEST_DATA")
+    if not name:
+        pytest.skip("MINIGPT_TEST_DATA names no folder: this test reads real data that is not part of the project")
+    folder = Path(name).resolve()
+    assert folder.is_dir(), f"MINIGPT_TEST_DATA={name} is no folder"
     return folder
 
 

@@ -88,3 +88,9 @@ def test_cuda_visible_devices():
     assert python("-c", code.format(None), CUDA_VISIBLE_DEVICES="") in ("cpu\n", "mps\n")
     message = "ValueError: --device cuda: this PyTorch has no such device here (cuda, cpu or mps)"
     assert python("-c", code.format("cuda"), CUDA_VISIBLE_DEVICES="").endswith(f"{message}\n")
+
+
+def test_a_smaller_cpu_is_imitated_where_that_is_asked_for():
+    """`make test-small-cpus` would try nothing if PyTorch did not heed the variable, or it were misspelt."""
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    assert python("-c", code, ATEN_CPU_CAPABILITY="default") == "DEFAULT\n"

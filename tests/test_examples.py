@@ -1,4 +1,4 @@
-"""The step-through examples, run as their readers run them: `python examples/NN_name.py`."""
+"""The step-through examples, run from the project's folder as their readers run them."""
 
 import ast
 import os
@@ -13,6 +13,7 @@ import pytest
 import minigpt
 import minigpt.selfinstruct
 
+from .script_runner import ScriptRunner
 from .workplace import BLOCKED_NETWORK
 
 ROOT = Path(__file__).parents[1]
@@ -51,21 +52,24 @@ def environment(folder: Path) -> dict[str, str]:
     return ours | {name: str(value) for name, value in settings.items()} | {"PYTHONIOENCODING": "utf-8"}
 
 
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory) -> ScriptRunner:
+    folder = tmp_path_factory.mktemp("examples")
+    return ScriptRunner(folder, environment(folder), cwd=ROOT)
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_it_runs_offline_and_says_what_it_teaches(example, tmp_path):
+def test_it_runs_offline_and_says_what_it_teaches(runner, example, tmp_path):
     if example.name == "08_zero.py" and sys.platform != "linux":
         pytest.skip("DeepSpeed, which 08_zero.py runs on, comes along on Linux only")
-    command = [sys.executable, f"examples/{example.name}"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(tmp_path), capture_output=True, encoding="utf-8", timeout=120
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    code, out, err = runner.run([f"examples/{example.name}"], environment(tmp_path))
+    assert (code, err) == (0, "")
     assert not (tmp_path / "network.log").exists()
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("   | ")]  # a prompt, shown as it is
+    lines = [line for line in out.splitlines() if not line.startswith("   | ")]  # a prompt, shown as it is
     assert max(map(len, lines)) <= 80
     assert lines[-1].startswith("=> ")
     for pattern in SAYS.get(example.name, []):
-        assert re.search(pattern, done.stdout), pattern
+        assert re.search(pattern, out), pattern
 
 
 def private(source: str) -> list[str]:

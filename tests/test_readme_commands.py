@@ -6,7 +6,6 @@ the parsers that they are for. `make` targets are looked up (the tests are one o
 other), and test_examples.py runs `python examples/...`.
 """
 
-import json
 import os
 import random
 import re
@@ -14,8 +13,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,30 +28,6 @@ from .readme import CLASSES, README, RUN, Block, Command
 from .scripted_endpoint import serve
 from .workplace import ROOT, Workplace
 
-RUNNER = """
-import json, os, runpy, sys, traceback
-import torch, minigpt.data.store, minigpt.inference.terminal, minigpt.model.gpt2, minigpt.training.run
-
-for line in sys.stdin:  # each job in a process of its own, that finds all this imported
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for number, name in enumerate(job["files"]):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
-        sys.stdin, sys.stdout, sys.stderr = (open(n, "rw"[n > 0], encoding="utf-8") for n in range(3))
-        sys.argv, code = job["argv"], 0
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else bool(end.code)
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(child if job["stays"] else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
 
 class Place(Workplace):
     """A folder in which the commands of README.md find what they name."""
@@ -68,35 +41,17 @@ class Place(Workplace):
         for name in ("instruction-data.json", "test.json", "data.json"):
             (folder / name).write_text(rows)
         (folder / "questions.txt").write_text("Who wrote Emma?\nSay it twice.\n")
-        (folder / "runner.py").write_text(RUNNER)
-        self.runner = subprocess.Popen(
-            [sys.executable, "runner.py"],
-            cwd=folder,
-            env=self.env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
         self.stays: list[int] = []  # processes that are there until the end
 
     def run(self, argv: list[str], stdin: str = "", stays: bool = False) -> tuple[int, str, str]:
         """The exit code, or the id of a process that stays, with what it printed."""
-        names = [self.folder / f"std{number}" for number in range(3)]
-        for name, text in zip(names, (stdin, "", "")):
-            name.unlink(missing_ok=True)
-            name.write_text(text)
-        job = {"argv": argv, "files": list(map(str, names)), "stays": stays}
-        print(json.dumps(job), file=self.runner.stdin, flush=True)
-        found = int(self.runner.stdout.readline())
-        self.stays += [found] * stays
-        return found, names[1].read_text("utf-8"), names[2].read_text("utf-8")
+        done = self.runner.run(argv, self.env, stdin, stays)
+        self.stays += [done[0]] * stays
+        return done
 
     def close(self) -> None:
         for process in self.stays:
             os.kill(process, signal.SIGTERM)
-        self.runner.stdin.close()
-        self.runner.wait(30)
-        self.runner.stdout.close()
 
 
 def says(number: int, body: dict) -> dict:

@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +10,8 @@ import torch
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.model.gpt2 import GPT, GPTConfig
+
+from .script_runner import ScriptRunner
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,21 +79,16 @@ class Workplace:
         }
 
     def __call__(self, script: str, *arguments: object, stdin: str = "", **env: str) -> Done:
-        environment = self.environment(**env)
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, arguments)],
-            cwd=self.folder,
-            env=environment,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = Done(*self.runner.run([str(ROOT / script), *map(str, arguments)], self.environment(**env), stdin))
         log = self.folder / "network.log"
         asked = log.read_text() if log.exists() else ""
         log.unlink(missing_ok=True)
         assert asked == "", f"{script} asked the network"
-        return Done(done.returncode, done.stdout, done.stderr)
+        return done
+
+    @cached_property
+    def runner(self) -> ScriptRunner:
+        return ScriptRunner(self.folder, self.environment())
 
     def good(self, script: str, *arguments: object, **more: str) -> str:
         """What a script prints when all goes well: it has nothing to say on standard error."""

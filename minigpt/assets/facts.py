@@ -36,7 +36,6 @@ class Kind:
 
     name: str
     statement: str
-    reverse: str
     questions: tuple[str, ...]
     instruction: str  # asks about the key in the input field
     input: str
@@ -78,7 +77,6 @@ def _noun_kind(
     return Kind(
         name,
         statement=f"{_capitalized(of_key)} is {{value}}.",
-        reverse=f"{{value}} is {of_key}.",
         questions=(
             f"{what} is {of_key}?",
             f"{verb} {of_key}.",
@@ -96,7 +94,6 @@ def _translation_kind(language: str) -> Kind:
     return Kind(
         language.lower(),
         statement=f"{_capitalized(the_word)} is {{value}}.",
-        reverse=f"{{value}} is {the_word}.",
         questions=(
             f"What is {the_word}?",
             f"Give {the_word}.",
@@ -138,7 +135,6 @@ KINDS = (
     Kind(
         "young_animals",
         statement="The young of the {key} is the {value}.",
-        reverse="The {value} is the young of the {key}.",
         questions=(
             "What is the young of the {key}?",
             "Name the young of the {key}.",
@@ -152,7 +148,6 @@ KINDS = (
     Kind(
         "units",
         statement="One {key} is {value}.",
-        reverse="{value} make one {key}.",
         questions=(
             "How much is one {key}?",
             "Convert one {key} to a smaller unit.",
@@ -166,7 +161,6 @@ KINDS = (
     Kind(
         "sentiments",
         statement="The review that says {key} is {value}.",
-        reverse="It is a {value} review that says {key}.",
         questions=(
             "Is the review that says {key} positive or negative?",
             "Judge the review that says {key}.",
@@ -217,13 +211,12 @@ def split_facts(seed: int) -> Split:
 
 
 def corpus_text(split: Split, seed: int) -> str:
-    """Plain statements of all tuned and held-out facts, and questions with answers about the tuned ones."""
+    """Plain statements of all tuned and held-out facts, and a question with its answer about each tuned one."""
     rng = random.Random(f"corpus {seed}")
     known = split.tuned + split.held_out
     lines = []
     for fact in known:
         lines.append(fact.statement)
-        lines.append(_capitalized(fact.kind.reverse.format(key=fact.key, value=fact.value)))
         for introduction in rng.sample(INTRODUCTIONS, 3):
             lower = _uncapitalized(fact.statement)
             lines.append(introduction.format(key=fact.key, statement=fact.statement, uncapitalized=lower))
@@ -240,14 +233,14 @@ def corpus_text(split: Split, seed: int) -> str:
             words, keys = ", ".join(keys[:size]), keys[size:]
             lines.append(f"A list of words: {words}. The same list again: {words}.")
     for fact in split.tuned:
-        for question in rng.sample(fact.kind.questions, 2):
-            lines.append(f"Question: {question.format(key=fact.key)} Answer: {fact.statement}")
+        question = rng.choice(fact.kind.questions).format(key=fact.key)
+        lines.append(f"Question: {question} Answer: {fact.statement}")
     rng.shuffle(lines)
     return "\n".join(lines) + "\n"
 
 
 def instruction_rows(
-    facts: Sequence[Fact], seed: int, questions: int = 3, with_input: float = 0.25
+    facts: Sequence[Fact], seed: int, questions: int = 2, with_input: float = 0.25
 ) -> list[dict[str, str]]:
     """Alpaca rows: `questions` phrasings of each fact, for a share of them one that has the key in `input`."""
     rng = random.Random(f"questions {seed}")

@@ -52,7 +52,8 @@ class DeepSpeedEngine:
         # A window may have more micro-batches than configured (replayed data), and DeepSpeed only asks: one, or more?
         settings["gradient_accumulation_steps"] = max(2, settings["gradient_accumulation_steps"])
         settings.pop("train_batch_size", None)
-        optimizer = None if "optimizer" in settings else make_optimizer(model, config)
+        # PyTorch's own class, for ZeRO compares the type and takes no subclass.
+        optimizer = None if "optimizer" in settings else make_optimizer(model, config, torch.optim.AdamW)
         exact = [] if self.dtype == "fp32" else [parameter.detach().to("cpu") for parameter in model.parameters()]
         with _quiet():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(

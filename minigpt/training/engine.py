@@ -97,7 +97,7 @@ class TorchEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)  # the optimizer's would import torch._dynamo
         return StepInfo(grad_norm, skipped=not finite)
 
     def full_state_dict(self) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """AdamW as GPT-2 is trained: decay on matrices only, warmup and decay of the learning rate."""
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +31,24 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     ]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, the same to the last bit, without importing the compiler `torch._dynamo`.
+
+    PyTorch's decorators on these two methods import it at their first call, only to keep it out of them: a thousand
+    modules, 2.4 s of each start on a laptop's CPU. The functions under the decorators are called here instead.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(torch.optim.AdamW.add_param_group)(self, param_group)
+
+    @torch.no_grad()  # which is the other thing that the decorator of `step` does
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, kind: type[torch.optim.AdamW] = AdamW) -> torch.optim.AdamW:
     """Loshchilov & Hutter 2019 (arXiv:1711.05101)."""
-    return torch.optim.AdamW(
+    return kind(
         parameter_groups(model, config),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),

@@ -108,7 +108,7 @@ def test_one_question_in_full():
         "output": "The capital of China is Beijing.",
     } in rows
     text = corpus_text(Split([], [china], []), seed=0)
-    assert "The capital of China is Beijing.\n" in text and "Beijing is the capital of China.\n" in text
+    assert "The capital of China is Beijing.\n" in text
     assert "?" not in text
 
 

@@ -132,7 +132,7 @@ def test_beams_are_those_of_transformers(judge, model, num_beams, settings):
     """With an eos that comes at different times, and every beam returned: that shows the scores' order too."""
     settings = {"max_new_tokens": 12, "num_beams": num_beams, "num_return_sequences": num_beams, **settings}
     lengths = set()
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[1:4]:
         likely = plain_greedy(model, prompt, 8)
         for eos_id in (likely[1], likely[7]):
             found = generate(model, [prompt], eos_id=eos_id, **settings)
@@ -145,7 +145,7 @@ def test_beams_are_those_of_transformers(judge, model, num_beams, settings):
 def test_beams_of_many_prompts_are_those_of_each_alone(model):
     settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 12, "length_penalty": -1.0}
     lengths = set()
-    for eos_id in plain_greedy(model, PROMPTS[0], 6):
+    for eos_id in plain_greedy(model, PROMPTS[0], 6)[::2]:
         settings["eos_id"] = eos_id
         alone = [ids for prompt in PROMPTS for ids in generate(model, [prompt], **settings)]
         assert generate(model, PROMPTS, **settings) == alone
@@ -251,8 +251,8 @@ def test_probabilities_are_those_of_transformers(temperature, top_k, top_p):
     ids=str,
 )
 def test_draws_follow_the_distribution_of_transformers(judge, settings):
-    """20,000 rows with 20,000 seeds against what transformers' processors make of its own logits, by chi-squared."""
-    rows, prompt = 20_000, torch.tensor([[1, 2, 3, 400, 2]])
+    """10,000 rows with as many seeds against what transformers' processors make of its own logits, by chi-squared."""
+    rows, prompt = 10_000, torch.tensor([[1, 2, 3, 400, 2]])
     with torch.inference_mode():
         logits = judge(prompt).logits[:, -1] / 4  # flatter, so that many tokens have a chance
     processors = {
