@@ -26,7 +26,7 @@ from minigpt.distributed import clock, pick_device
 from minigpt.hardware import available_cores, fastest_precision
 
 ROOT = Path(__file__).parents[1]
-STEPS_WORTH = 2_900  # all of the demonstration, in steps of its pretraining: those themselves, tuning, answers, starts
+OTHER_STEPS = 700  # tuning, answers, tasks and the scripts' starts take as long as so many steps of pretraining
 LONG = 600  # seconds; above them the reasons are printed
 
 
@@ -141,7 +141,8 @@ def announce() -> None:
         engine.step(1e-4)
         seconds.append(time.perf_counter() - start)
     step = statistics.median(seconds[1:])
-    total, threads, cores = step * STEPS_WORTH, torch.get_num_threads(), available_cores()
+    total = step * (recipe["max_steps"] + OTHER_STEPS)
+    threads, cores = torch.get_num_threads(), available_cores()
     where = f"{threads} of {cores} cores" if device == "cpu" else device
     print(f"About {clock(total)} on this machine, in {precision} on {where}: a step takes {1000 * step:,.0f} ms.")
     if total > LONG and device == "cpu":
