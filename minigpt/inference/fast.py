@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.hardware import bf16_seconds_ratio, bf16_warning
+from minigpt.hardware import bf16_warning, fastest_precision
 from minigpt.inference.kernels import (
     DynamicInt8Linear,
-    Fastest,
     Fp16Linear,
     Int8Linear,
     Kernel,
@@ -89,17 +88,19 @@ def _kernel(weight: Tensor, quantize: str | None) -> tuple[Kernel, torch.dtype, 
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
     if weight.device.type != "cpu":
         return {None: None, "int8": (Int8Linear, bf16, weight.dtype), "fp16": (PlainLinear, fp16, fp16)}[quantize]
-    packs = torch.backends.mkldnn.is_available()
-    packs_bf16 = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if quantize == "fp16":
         return (Fp16Linear, fp32, fp32) if has_fp16_product() else (WidenedLinear, fp32, fp16)
-    if quantize == "int8":
-        if packs_bf16 and bf16_seconds_ratio("cpu") < 1:
-            return Int8Linear, bf16, fp32
+    packs = torch.backends.mkldnn.is_available()
+    if quantize is None and weight.dtype == fp32:
+        return (PackedLinear, fp32, fp32) if packs else None
+    native_bf16 = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported() and fastest_precision("cpu") == "bf16"
+    if quantize == "int8" and not native_bf16:
         return (DynamicInt8Linear if int8_levels() else Int8Linear), fp32, fp32
+    if quantize == "int8":
+        return Int8Linear, bf16, fp32
     if weight.dtype == bf16:
-        return Fastest(*([PackedLinear] if packs_bf16 else []), WidenedLinear), bf16, bf16
-    return (Fastest(PackedLinear, PlainLinear), fp32, fp32) if packs and weight.dtype == fp32 else None
+        return (PackedLinear if native_bf16 else WidenedLinear), bf16, bf16
+    return None
 
 
 def load_for_generation(

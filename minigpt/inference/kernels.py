@@ -5,7 +5,6 @@ One token at a time, a model does little but read its weights, so what counts is
 order they are read. Which class is the right one depends on the processor: `minigpt.inference.fast` chooses.
 """
 
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ WHOLE_STEPS = 64  # `_weight_int8pack_mm` reads out of bounds unless K is a mult
 PART = 3072  # rows of a weight that are unpacked at a time: the whole head would not fit into a processor's cache
 OUTLIERS = 8  # channels of each row of activations that are multiplied in fp32
 TINY = torch.finfo(torch.float32).tiny
-CLEARLY_FASTER = 2 / 3  # of the time of the kernel before it: less is noise, and each kernel rounds in its own way
 
 
 class Linear(Protocol):
@@ -141,43 +139,6 @@ class DynamicInt8Linear:
 def _finish(y: Tensor, gelu: bool, residual: Tensor | None) -> Tensor:
     y = F.gelu(y, approximate="tanh") if gelu else y
     return y if residual is None else residual + y
-
-
-class Fastest:
-    """A kernel that is, for each shape of weight, the fastest of some: each is timed once, at one row and at eight.
-
-    A later one is taken only where it is clearly faster than those before it.
-    """
-
-    def __init__(self, *kernels: Kernel):
-        self.kernels = kernels
-        self._chosen: dict[tuple[int, ...], Kernel] = {}
-
-    def __call__(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        shape = tuple(weight.shape)
-        if shape not in self._chosen:
-            chosen, least = self.kernels[0], float("inf")
-            for kernel in self.kernels if len(self.kernels) > 1 else ():
-                seconds = _seconds(kernel(weight, bias), weight)
-                if seconds < CLEARLY_FASTER * least:
-                    chosen, least = kernel, seconds
-            self._chosen[shape] = chosen
-        return self._chosen[shape](weight, bias)
-
-
-@torch.inference_mode()
-def _seconds(linear: Linear, weight: Tensor) -> float:
-    """One product of a row and one of eight rows, each the shortest of three."""
-    total = 0.0
-    for rows in (1, 8):
-        x = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            linear(x)
-            times.append(time.perf_counter() - start)
-        total += min(times)
-    return total
 
 
 # ---- 8 bits
