@@ -11,19 +11,24 @@ minigpt/inference/terminal.py (the commands), or minigpt/inference/serve/ (the s
 
 import gc
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
 
-from minigpt.arguments import ModelArguments, PromptArguments, SamplingArguments, ServeArguments, require
+from minigpt.arguments import (
+    ModelArguments,
+    PromptArguments,
+    QuantizeArguments,
+    SamplingArguments,
+    ServeArguments,
+    require,
+)
 from minigpt.config import run
 from minigpt.distributed import explained_if_out_of_memory, pick_device, world_size
 from minigpt.inference.terminal import Terminal
 
 
 @dataclass
-class ChatConfig(SamplingArguments, ModelArguments, PromptArguments, ServeArguments):
+class ChatConfig(SamplingArguments, ModelArguments, PromptArguments, QuantizeArguments, ServeArguments):
     """Talk to a GPT-2."""
 
     prompt: str | None = None
@@ -35,9 +40,8 @@ class ChatConfig(SamplingArguments, ModelArguments, PromptArguments, ServeArgume
     stop_blank_line: bool = False
     """End an answer at its first blank line, for models that were trained without an end-of-text token."""
     bf16: bool = False
-    """Weights in bfloat16: half of their memory, faster where it is built in. The cost in perplexity is shown."""
-    quantize: Literal["int8"] | None = None
-    """Weights in 8 bits: a quarter of their memory, and the fastest on a CPU. The cost in perplexity is shown."""
+    """Weights in bfloat16: half of their memory, faster where it is built in. Its cost in perplexity is shown, as that
+    of quantize is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +49,7 @@ class ChatConfig(SamplingArguments, ModelArguments, PromptArguments, ServeArgume
         if self.serve and self.prompt is not None:
             raise ValueError("--serve and --prompt are two ways to ask: give one")
         if self.quantize and self.bf16:
-            raise ValueError("--quantize int8 computes in bf16 already: leave --bf16 out")
+            raise ValueError("--quantize and --bf16 are two ways to lighten the weights: give one")
         if self.input and not self.prompt:
             raise ValueError("--input goes with --prompt")
 
@@ -60,7 +64,7 @@ def main(config: ChatConfig) -> None:
     from minigpt.data.prompts import Template, get_template, template_of
     from minigpt.data.tokenizer import Tokenizer
     from minigpt.inference.chat import Chat
-    from minigpt.inference.fast import for_generation, use_huge_pages, with_loss
+    from minigpt.inference.fast import load_for_generation, use_huge_pages
     from minigpt.model.gpt2 import GPT
 
     gc.freeze()
@@ -68,19 +72,17 @@ def main(config: ChatConfig) -> None:
     use_huge_pages()
 
     def load(name: str, revision: str | None = None) -> tuple[GPT, Tokenizer, Template]:
-        model = GPT.from_pretrained(name, revision=revision, device=pick_device(config.device))
-        own = config.tokenizer_name is None
-        with ThreadPoolExecutor() as pool:  # the weights are packed while the vocabulary is read
-            packed = None if config.bf16 or config.quantize else pool.submit(for_generation, model)
-            tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, revision if own else None)
-        model.config.check_vocabulary(tokenizer.vocab_size)
+        model, tokenizer = load_for_generation(
+            name,
+            revision,
+            device=pick_device(config.device),
+            tokenizer_name=config.tokenizer_name,
+            quantize="bf16" if config.bf16 else config.quantize,
+            on_note=lambda note: print(note, file=sys.stderr),
+        )
         template = get_template(config.template or template_of(name, revision), **config.triggers)
         if config.stop_blank_line:
             template = replace(template, stop=(*template.stop, "\n\n"))
-        if packed:
-            return packed.result(), tokenizer, template
-        model, cost = with_loss(model, tokenizer, config.quantize)
-        print(cost, file=sys.stderr)
         return model, tokenizer, template
 
     sampling = SamplingArguments(**{field.name: getattr(config, field.name) for field in fields(SamplingArguments)})

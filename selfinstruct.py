@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.arguments import ModelArguments, require
+from minigpt.arguments import ModelArguments, QuantizeArguments, require
 from minigpt.config import run
 from minigpt.distributed import is_main, pick_device, say, world_size
 from minigpt.selfinstruct.batch_dir import TASKS, open_batch_dir
@@ -24,7 +24,7 @@ from minigpt.selfinstruct.tasks import SEED_TASKS, read_seed_tasks
 
 
 @dataclass
-class SelfInstructConfig(RunArguments, CurationArguments, ModelArguments, EndpointArguments):
+class SelfInstructConfig(RunArguments, CurationArguments, ModelArguments, QuantizeArguments, EndpointArguments):
     """Let a model write its own instruction data."""
 
     def __post_init__(self) -> None:
@@ -32,6 +32,8 @@ class SelfInstructConfig(RunArguments, CurationArguments, ModelArguments, Endpoi
             part.__post_init__(self)
         if self.api_base and self.model_name_or_path:
             raise ValueError("--model_name_or_path and --api_base are two places to ask: give one")
+        if self.api_base and self.quantize:
+            raise ValueError("--quantize goes with --model_name_or_path: how a server computes is its own affair")
 
 
 def main(config: SelfInstructConfig) -> None:
@@ -82,15 +84,16 @@ def make_generator(config: SelfInstructConfig) -> Generator:
 
 
 def load_model(config: SelfInstructConfig) -> LocalGenerator:
-    from minigpt.data.tokenizer import Tokenizer
-    from minigpt.inference.fast import for_generation
-    from minigpt.model.gpt2 import GPT
+    from minigpt.inference.fast import load_for_generation
 
-    name, revision = str(config.model_name_or_path), config.revision
-    model = GPT.from_pretrained(name, revision=revision, device=pick_device(config.device))
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, None if config.tokenizer_name else revision)
-    model.config.check_vocabulary(tokenizer.vocab_size)
-    return LocalGenerator(for_generation(model), tokenizer)
+    model, tokenizer = load_for_generation(
+        str(config.model_name_or_path),
+        config.revision,
+        device=pick_device(config.device),
+        tokenizer_name=config.tokenizer_name,
+        quantize=config.quantize,
+    )
+    return LocalGenerator(model, tokenizer)
 
 
 def curate(config: SelfInstructConfig) -> None:

@@ -16,6 +16,7 @@ from minigpt.arguments import (
     ModelArguments,
     PredictArguments,
     PromptArguments,
+    QuantizeArguments,
     TrainConfig,
     check_range,
     require,
@@ -25,7 +26,7 @@ from minigpt.distributed import is_main, pick_device, say
 
 
 @dataclass
-class SFTConfig(ModelArguments, DataArguments, PromptArguments, PredictArguments, TrainConfig):
+class SFTConfig(ModelArguments, DataArguments, PromptArguments, PredictArguments, QuantizeArguments, TrainConfig):
     """Teach a GPT-2 to follow instructions."""
 
     max_seq_length: int | None = None
@@ -44,6 +45,8 @@ class SFTConfig(ModelArguments, DataArguments, PromptArguments, PredictArguments
     def __post_init__(self) -> None:
         for part in (DataArguments, PredictArguments, TrainConfig):
             part.__post_init__(self)
+        if self.quantize and not self.predict:
+            raise ValueError("--quantize goes with --predict: weights are not learnt in it")
         check_range(self, "at least 1", lambda x: x >= 1, "max_seq_length")
         check_range(self, "at least 0", lambda x: x >= 0, "replay_ratio", "inspect")
 
@@ -57,7 +60,7 @@ def main(config: SFTConfig) -> None:
     from minigpt.data.splits import read_conversations, read_text, split_conversations
     from minigpt.data.store import Blocks
     from minigpt.data.tokenizer import Tokenizer
-    from minigpt.inference.fast import for_generation
+    from minigpt.inference.fast import load_for_generation
     from minigpt.inference.judge import Judge
     from minigpt.inference.predict import predict_file, show_answers
     from minigpt.model.gpt2 import GPT, GPTConfig
@@ -84,13 +87,17 @@ def main(config: SFTConfig) -> None:
     # ---- without training: answers, a look at the data, or the loss on it
     if config.predict:
         if is_main():  # one process answers
+            model, _ = load_for_generation(
+                name, revision, device=device, tokenizer_name=config.tokenizer_name, quantize=config.quantize
+            )
+            variant = f" in {config.quantize}" if config.quantize else ""
             predict_file(
                 config.predict,
                 Path(config.output_dir or "runs/sft"),
-                for_generation(GPT.from_pretrained(name, revision, device=device)),
+                model,
                 tokenizer,
                 template,
-                name=f"{name}@{revision}" if revision else name,
+                name=(f"{name}@{revision}" if revision else name) + variant,
                 max_new_tokens=max_new_tokens,
                 batch_size=config.per_device_eval_batch_size,
                 skip_bad_records=config.skip_bad_records,

@@ -35,6 +35,19 @@ def test_two_models_and_a_judge(work):
     assert [row["answers"][0]["mark"] for row in data["rows"]] == [40, 60, 60, 60]
 
 
+def test_lighter_weights_have_a_name_of_their_own(work):
+    """Answers in another precision are those of another model: they are not taken for the ones that are there."""
+    held = ("sft.py", "--model_name_or_path", "model", "--predict", "held.json", "--max_new_tokens", 8)
+    to = ("--output_dir", "int8")
+    assert "int8/predictions.html" in work.good(*held, "--quantize", "int8", *to)
+    assert json.loads((work.folder / "int8" / "scores.json").read_text())["model"] == "model in int8"
+    compared = work.bad(*held, *to, "--compare_with", "int8")
+    assert compared == (
+        1,
+        "int8/predictions.jsonl: the answers of model in int8; give another --output_dir for those of model",
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -101,6 +101,23 @@ def until(holds, process, seconds: float = 120) -> None:
 # ---- a local model
 
 
+def test_a_run_does_not_go_on_in_another_precision(work, local):
+    """The same seeds would draw other tasks from rounded weights."""
+    more = ("--num_instructions_to_generate", 30, "--batch_dir", "local", "--quantize", "int8")
+    code, message = work.bad(SCRIPT, *LOCAL, *more)
+    assert code == 1
+    assert message == "local: was begun with --quantize None (now int8); give that, or another --batch_dir"
+
+
+def test_a_local_run_in_int8(work):
+    """The same command draws the same tasks."""
+    run = (*LOCAL, "--num_instructions_to_generate", 3, "--quantize", "int8")
+    work.good(SCRIPT, *run, "--batch_dir", "int8")
+    work.good(SCRIPT, *run, "--batch_dir", "again")
+    same(work, "again", "int8")
+    assert "quantize: int8" in (work.folder / "int8" / "config.yaml").read_text()
+
+
 def test_a_local_run(work, local):
     statistics = json.loads((work.folder / "local" / "statistics.json").read_text())
     kept = lines(work.folder / "local" / TASKS)

@@ -1,0 +1,221 @@
+"""Matrix products with weights prepared for generation: each class is `F.linear` with a weight in a layout of its own,
+then the tanh GELU, or a sum with the residual stream.
+
+One token at a time, a model does little but read its weights, so what counts is how few bytes they are and in which
+order they are read. Which class is the right one depends on the processor: `minigpt.inference.fast` chooses.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW_ROWS = 8  # up to that many, `_weight_int8pack_mm` is faster than to unpack and take a plain product
+FEW_NARROW_ROWS = 4  # the same for products in half precision on a CPU that emulates them
+WHOLE_STEPS = 64  # `_weight_int8pack_mm` reads out of bounds unless K is a multiple of it
+PART = 3072  # rows of a weight that are unpacked at a time: the whole head would not fit into a processor's cache
+OUTLIERS = 8  # channels of each row of activations that are multiplied in fp32
+TINY = torch.finfo(torch.float32).tiny
+
+
+class Linear(Protocol):
+    """`F.linear(x, weight, bias)` of (...,K) rows; then the GELU, or a sum with a (...,N) residual."""
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor: ...
+
+
+Kernel = Callable[[Tensor, Tensor | None], Linear]  # from a weight (N,K) and a bias (N,)
+
+
+class PlainLinear:
+    """The weight as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight.detach(), bias
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        return _finish(F.linear(x, self.weight, self.bias), gelu, residual)
+
+
+class PackedLinear:
+    """The weight in oneDNN's own layout; GELU and sum are part of the product."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.bias = bias
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        product = torch.ops.mkldnn._linear_pointwise
+        if residual is not None:
+            return product.binary(x, residual, self.weight, self.bias, "add")
+        return product(x, self.weight, self.bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
+
+
+class WidenedLinear:
+    """A bf16 or fp16 weight on a CPU that emulates products in it: more than a few rows are multiplied in fp32.
+
+    One row is fast even so, because the product then only waits for memory; 32 rows take 20 times as long as in fp32.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight.detach().contiguous(), bias
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        if x.numel() <= FEW_NARROW_ROWS * x.shape[-1]:
+            y = F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+        else:
+            wide = x.float()
+            y = torch.cat([F.linear(wide, part.float()) for part in self.weight.split(PART)], dim=-1).to(x.dtype)
+        return _finish(y if self.bias is None else y + self.bias, gelu, residual)
+
+
+class Fp16Linear:
+    """An fp16 weight in fbgemm's layout, multiplied and summed in fp32: it is widened on its way to the registers."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        with fbgemm():
+            self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float().contiguous(), bias)
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        return _finish(torch.ops.quantized.linear_dynamic_fp16(x, self.packed), gelu, residual)
+
+
+class Int8Linear:
+    """An 8-bit weight, unpacked on its way to a product in x's precision: row n of the (N,K) matrix is
+    `scale[n] * weight[n]`, rounded to the nearest."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.scale = round_rows(weight, torch.bfloat16)  # (N,K), (N,)
+        self.bias = bias
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # (B,T,K) -> (B*T,K)
+        scale = self.scale.to(x.dtype)
+        if x.device.type == "cpu" and len(rows) <= FEW_ROWS and rows.shape[1] % WHOLE_STEPS == 0:
+            y = torch._weight_int8pack_mm(rows, self.weight, scale)
+        else:
+            y = torch.cat([F.linear(rows, part.to(x.dtype)) for part in self.weight.split(PART)], dim=-1) * scale
+        y = (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)  # (B*T,N) -> (B,T,N)
+        return _finish(y, gelu, residual)
+
+
+class DynamicInt8Linear:
+    """Weight and activations in 8 bits, multiplied as integers by fbgemm; fp32 in, fp32 out.
+
+    Each row of activations has its own scale, so what a row gets does not depend on its neighbours. The scale is that
+    of the row's (OUTLIERS + 1)-th largest channel; what the larger ones have beyond it is multiplied in fp32, or one
+    large channel would leave no steps to the others (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339). With OUTLIERS 1
+    and the row [100, -2, 1]: the scale is 2, the integers stand for [1, -1, 0.5] * 2, and channel 0 has 98 more.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        levels = int8_levels()
+        assert levels, "the caller asks for the kernel only where there is one"
+        rounded, scale = round_rows(weight, torch.float32)
+        self.packed = pack_int8(rounded, scale)
+        self.quantized = 1 / levels, levels + 1  # scale and zero point of what lies between -1 and 1
+        # The channels' weights once more, each (N,) on its own in 8 bits, for the few that a row needs.
+        self.channels = torch.ops.quantized.embedding_bag_byte_prepack(weight.detach().float().t().contiguous())
+        self.bias = bias
+        self.outliers = min(OUTLIERS, weight.shape[1] - 1)
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (B,T,K) -> (R,K)
+        largest, channels = rows.abs().topk(self.outliers + 1)  # both (R,OUTLIERS+1), the largest first
+        limit = largest.narrow(1, self.outliers, 1).clamp_(min=TINY)  # (R,1)
+        scaled = rows / limit
+        beyond = F.softshrink(scaled.gather(1, channels), 1.0)  # what lies above 1 or below -1; the last one is 0
+        y = _int8_product(scaled.clamp_(-1, 1), *self.quantized, self.packed)
+        y += _weighted_sums(self.channels, channels, beyond)
+        y = y.mul_(limit) if self.bias is None else torch.addcmul(self.bias, y, limit)
+        return _finish(y.view(*x.shape[:-1], -1), gelu, residual)  # (R,N) -> (B,T,N)
+
+
+def _finish(y: Tensor, gelu: bool, residual: Tensor | None) -> Tensor:
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    return y if residual is None else residual + y
+
+
+# ---- 8 bits
+
+
+def round_rows(weight: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(N,K) weights -> (N,K) int8 and (N,) fp32 scales, of that dtype's precision: each row's largest is 127 steps.
+
+    `[127, -63.4, 0.6]` -> `[127, -63, 1]` and 1.0.
+    """
+    weight = weight.detach()
+    lowest, highest = weight.aminmax(dim=1)  # (N,)
+    largest = torch.maximum(-lowest, highest).float().clamp(min=TINY)
+    scale = (largest / 127).to(scale_dtype).float().clamp(min=TINY)
+    return (weight.contiguous() / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+@contextmanager
+def fbgemm() -> Iterator[None]:
+    """Weights are packed for fbgemm: torch's default packs for oneDNN on some CPUs, which lacks these products."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def pack_int8(weight: Tensor, scale: Tensor) -> torch.ScriptObject:
+    """(N,K) int8 and (N,) scales in fbgemm's layout."""
+    with fbgemm(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation")  # there is no other way to this layout
+        zero_points = torch.zeros(len(scale), dtype=torch.long)
+        quantized = torch._make_per_channel_quantized_tensor(weight.cpu(), scale.double().cpu(), zero_points, 0)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+def _int8_product(x: Tensor, scale: float, zero_point: int, packed: torch.ScriptObject) -> Tensor:
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, scale, zero_point, packed)
+
+
+def _weighted_sums(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Sums of rows of a table in 8 bits: (K,N), (R,k), (R,k) -> (R,N)."""
+    return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+        table, indices.view(-1), _bag_starts(*indices.shape), mode=0, per_sample_weights=weights.view(-1)
+    )
+
+
+@cache
+def _bag_starts(rows: int, size: int) -> Tensor:
+    return torch.arange(0, rows * size, size)
+
+
+@cache
+def int8_levels() -> int | None:
+    """The steps from zero to the largest activation, 127 or 63, of `DynamicInt8Linear`; None where it cannot run.
+
+    On CPUs without VNNI fbgemm adds pairs of products in 16 bits, which saturate without an error unless activations
+    are kept to 7 bits. So products of the largest numbers are taken, and compared with what they must be.
+    """
+    width = 64
+    try:
+        packed = pack_int8(torch.full((width, width), 127, dtype=torch.int8), torch.ones(width))
+        for levels in (127, 63):
+            products = [_int8_product(torch.ones(rows, width), 1 / levels, levels + 1, packed) for rows in (1, 64)]
+            if all((product / (127 * width) - 1).abs().max() < 1e-3 for product in products):
+                return levels
+    except (RuntimeError, AttributeError):  # built without fbgemm, or a torch without quantized tensors
+        pass
+    return None
+
+
+@cache
+def has_fp16_product() -> bool:
+    """Whether `Fp16Linear` can run."""
+    try:
+        Fp16Linear(torch.ones(8, 8), torch.ones(8))(torch.ones(1, 8))
+    except (RuntimeError, AttributeError):
+        return False
+    return True
