@@ -45,8 +45,8 @@ class SFTConfig(ModelArguments, DataArguments, PromptArguments, PredictArguments
     def __post_init__(self) -> None:
         for part in (DataArguments, PredictArguments, TrainConfig):
             part.__post_init__(self)
-        if self.quantize and not self.predict:
-            raise ValueError("--quantize goes with --predict: weights are not learnt in it")
+        if self.quantize and (self.bf16 or not self.predict):
+            raise ValueError("--quantize goes with --predict, and without --bf16")
         check_range(self, "at least 1", lambda x: x >= 1, "max_seq_length")
         check_range(self, "at least 0", lambda x: x >= 0, "replay_ratio", "inspect")
 
@@ -60,7 +60,7 @@ def main(config: SFTConfig) -> None:
     from minigpt.data.splits import read_conversations, read_text, split_conversations
     from minigpt.data.store import Blocks
     from minigpt.data.tokenizer import Tokenizer
-    from minigpt.inference.fast import load_for_generation
+    from minigpt.inference.fast import lighten
     from minigpt.inference.judge import Judge
     from minigpt.inference.predict import predict_file, show_answers
     from minigpt.model.gpt2 import GPT, GPTConfig
@@ -86,18 +86,16 @@ def main(config: SFTConfig) -> None:
 
     # ---- without training: answers, a look at the data, or the loss on it
     if config.predict:
+        fit_to_machine(config, device)
+        lighter = config.quantize or ("bf16" if config.bf16 else None)
         if is_main():  # one process answers
-            model, _ = load_for_generation(
-                name, revision, device=device, tokenizer_name=config.tokenizer_name, quantize=config.quantize
-            )
-            variant = f" in {config.quantize}" if config.quantize else ""
             predict_file(
                 config.predict,
                 Path(config.output_dir or "runs/sft"),
-                model,
+                lighten(GPT.from_pretrained(name, revision, device=device), lighter),
                 tokenizer,
                 template,
-                name=(f"{name}@{revision}" if revision else name) + variant,
+                name=(f"{name}@{revision}" if revision else name) + (f" in {lighter}" if lighter else ""),
                 max_new_tokens=max_new_tokens,
                 batch_size=config.per_device_eval_batch_size,
                 skip_bad_records=config.skip_bad_records,
