@@ -62,8 +62,9 @@ class ScriptRunner:
 
 
 def _end(process: subprocess.Popen) -> None:
+    process.kill()  # between two jobs, so nothing is lost
+    process.wait()
     process.stdin.close()
-    process.wait(30)
     process.stdout.close()
 
 
