@@ -39,6 +39,8 @@ class KVCache:
         # Of the call under way, set by `extend`:
         self.positions = torch.empty(0, dtype=torch.long)
         self._layers: tuple[Tensor, ...] = ()  # n_layer x (2,B,nh,length,hs)
+        self._keys: tuple[Tensor, ...] = ()  # n_layer x (B,nh,length,hs)
+        self._values: tuple[Tensor, ...] = ()
         self._new: tuple[Tensor, ...] = ()  # n_layer x (2,B,nh,T,hs): the last T slots of them
 
     @classmethod
@@ -56,18 +58,18 @@ class KVCache:
             raise ValueError(f"position {self.length - 1} does not fit into a cache of {self.max_length}")
         used = self.buffer[:, :, :, :, : self.length]
         self._layers = used.unbind()
+        self._keys, self._values = used[:, 0].unbind(), used[:, 1].unbind()
         self._new = used[:, :, :, :, self.length - positions.shape[-1] :].unbind()
 
     def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (2,B,nh,T,hs) keys and values; returns all of the layer's, 2 x (B,nh,length,hs)."""
-        kv = kv.detach()  # what was read is not learnt from
+        kv = kv.detach() if kv.requires_grad else kv  # what was read is not learnt from
         if self.positions.dim() == 1:  # the same positions in every row
             self._new[layer].copy_(kv)
         else:
             rows = torch.arange(kv.shape[1], device=kv.device)[:, None]  # (B,1), beside positions (B,T)
             self._layers[layer].transpose(2, 3)[:, rows, self.positions] = kv.transpose(2, 3)  # both (2,B,T,nh,hs)
-        keys, values = self._layers[layer].unbind()
-        return keys, values
+        return self._keys[layer], self._values[layer]
 
     def mask(self) -> Tensor:
         """What each query may see, (B,1,T,length) or (1,1,T,length): the slots up to its own position."""
