@@ -47,6 +47,10 @@ class SFTConfig(ModelArguments, DataArguments, PromptArguments, PredictArguments
             part.__post_init__(self)
         if self.quantize and (self.bf16 or not self.predict):
             raise ValueError("--quantize goes with --predict, and without --bf16")
+        if self.predict and self.fp16:
+            raise ValueError(
+                "--fp16 is of training; --predict answers in --precision fp32, bf16 or auto, or with --quantize fp16"
+            )
         check_range(self, "at least 1", lambda x: x >= 1, "max_seq_length")
         check_range(self, "at least 0", lambda x: x >= 0, "replay_ratio", "inspect")
 
@@ -86,6 +90,8 @@ def main(config: SFTConfig) -> None:
 
     # ---- without training: answers, a look at the data, or the loss on it
     if config.predict:
+        judge = Judge(config.judge_api_base or "", config.judge_model) if config.judge_model else None
+        config.deepspeed = None  # it is of training, and does not say in which precision to answer
         fit_to_machine(config, device)
         lighter = config.quantize or ("bf16" if config.bf16 else None)
         if is_main():  # one process answers
@@ -101,7 +107,7 @@ def main(config: SFTConfig) -> None:
                 skip_bad_records=config.skip_bad_records,
                 overwrite=config.overwrite_output_dir,
                 compare_with=config.compare_with,
-                judge=Judge(config.judge_api_base or "", config.judge_model) if config.judge_model else None,
+                judge=judge,
             )
         return
     require(config, "data", "a file, a folder, a glob or hf://datasets/OWNER/NAME/FILE")

@@ -1,6 +1,7 @@
 """sft.py --predict from end to end: two models side by side, and a judge, each run in a process of its own."""
 
 import json
+import re
 
 import pytest
 
@@ -41,11 +42,20 @@ def test_lighter_weights_have_a_name_of_their_own(work):
     to = ("--output_dir", "int8")
     assert "int8/predictions.html" in work.good(*held, "--quantize", "int8", *to)
     assert json.loads((work.folder / "int8" / "scores.json").read_text())["model"] == "model in int8"
-    compared = work.bad(*held, *to, "--compare_with", "int8")
-    assert compared == (
+    compared = work(*held, *to, "--compare_with", "int8")
+    assert (compared.code, compared.err) == (
         1,
-        "int8/predictions.jsonl: the answers of model in int8; give another --output_dir for those of model",
+        "error: int8/predictions.jsonl: the answers of model in int8; give another --output_dir for those of model\n",
     )
+
+
+def test_a_deepspeed_file_does_not_say_how_to_answer(work):
+    """Nothing but --precision auto chooses: once the file had taken its place, and answers came in fp32 anyway."""
+    (work.folder / "ds.json").write_text('{"bf16": {"enabled": true}}')
+    line = "--predict held.json --max_new_tokens 2 --precision auto --deepspeed ds.json --output_dir auto"
+    out = work.good("sft.py", "--model_name_or_path", "model", *line.split())
+    assert "ds.json" not in out
+    assert re.search("^precision: (bf16|fp32), a product takes", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +63,8 @@ def test_lighter_weights_have_a_name_of_their_own(work):
     [
         ("--predict held.json --judge_model j", "--judge_api_base and --judge_model say where the judge is and who"),
         ("--data held.json --compare_with before", "--compare_with and --judge_model go with --predict"),
+        ("--predict held.json --fp16", "--fp16 is of training; --predict answers in --precision fp32, bf16 or auto"),
+        ("--predict held.json --precision fp16", "--fp16 is of training; --predict answers in --precision fp32"),
         ("--predict held.json --max_new_tokens 0", "--max_new_tokens must be at least 1, got 0"),
     ],
 )
