@@ -78,6 +78,7 @@ def main(config: ChatConfig) -> None:
             device=pick_device(config.device),
             tokenizer_name=config.tokenizer_name,
             quantize="bf16" if config.bf16 else config.quantize,
+            batched=config.serve,
             on_note=lambda note: print(note, file=sys.stderr),
         )
         template = get_template(config.template or template_of(name, revision), **config.triggers)

@@ -92,7 +92,8 @@ def main(config: SFTConfig) -> None:
     if config.predict:
         judge = Judge(config.judge_api_base or "", config.judge_model) if config.judge_model else None
         config.deepspeed = None  # it is of training, and does not say in which precision to answer
-        fit_to_machine(config, device)
+        if config.bf16 or config.precision:
+            fit_to_machine(config, device)
         lighter = config.quantize or ("bf16" if config.bf16 else None)
         if is_main():  # one process answers
             predict_file(

@@ -66,7 +66,8 @@ def prepare(side: str, dtype: str, rows: int, beams: int, args) -> Callable[[int
         if dtype == "bf16":
             model = for_generation(GPT.from_pretrained(args.folder, dtype=torch.bfloat16))
         else:
-            model = for_generation(GPT.from_pretrained(args.folder), None if dtype == "fp32" else dtype)
+            quantize = None if dtype == "fp32" else dtype
+            model = for_generation(GPT.from_pretrained(args.folder), quantize, batched=rows * beams > 1)
         return lambda count: generate(model, prompts, max_new_tokens=count, num_beams=beams)
 
     from transformers import GPT2LMHeadModel, logging

@@ -7,10 +7,6 @@ Opens minigpt/model/gpt2.py (CausalSelfAttention).
 
 import math
 
-from minigpt.hardware import set_thread_waiting
-
-set_thread_waiting()  # before torch is imported: threads that wait should sleep, not spin
-
 import torch
 from torch import Tensor
 

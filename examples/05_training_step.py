@@ -7,16 +7,13 @@ Opens minigpt/training/loop.py (the step), minigpt/training/engine.py (what it d
 
 import math
 
-from minigpt.hardware import set_thread_waiting
-
-set_thread_waiting()  # before torch is imported: threads that wait should sleep, not spin
-
 import torch
 
 import minigpt
 from minigpt import GPT, GPTConfig, Tokenizer, TrainConfig
 
 tokenizer, template = Tokenizer.tiny(), minigpt.get_template("hugchat")
+torch.set_num_threads(1)  # on tensors this small, more threads only wait for each other
 QUESTION = {"role": "user", "content": "Name the capital of France."}
 ANSWER = {"role": "assistant", "content": "Paris, of course."}
 example = minigpt.encode_example(minigpt.Conversation([QUESTION, ANSWER]), template, tokenizer, max_seq_length=64)

@@ -5,10 +5,6 @@ Opens minigpt/__init__.py: it lists the names that a loop needs, and what is imp
     python examples/06_custom_loop.py
 """
 
-from minigpt.hardware import set_thread_waiting
-
-set_thread_waiting()  # before torch is imported: threads that wait should sleep, not spin
-
 import torch
 
 from minigpt import GPT, Conversation, GPTConfig, Tokenizer, collate, encode_example, generate, get_template

@@ -8,10 +8,6 @@ Opens minigpt/inference/sampling.py (generate), next_token.py and beams.py besid
 import math
 import time
 
-from minigpt.hardware import set_thread_waiting
-
-set_thread_waiting()  # before torch is imported: threads that wait should sleep, not spin
-
 import torch
 
 from minigpt import GPT, GPTConfig, Tokenizer, collate, generate

@@ -8,14 +8,12 @@ Opens minigpt/model/hub.py (the files) and the end of minigpt/model/gpt2.py (fro
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from minigpt.hardware import set_thread_waiting
-
-set_thread_waiting()  # before torch is imported: threads that wait should sleep, not spin
-
 import torch
 from safetensors.torch import load_file
 
 from minigpt import GPT, GPTConfig
+
+torch.set_num_threads(1)  # on tensors this small, more threads only wait for each other
 
 # GPT-2's widths, two of its twelve layers and random weights: the same names and shapes, without a download. The
 # weights are large (GPT-2 begins at 0.02), or a wrong one would hardly show in the logits.

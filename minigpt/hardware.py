@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 # How OpenMP's threads wait: OMP_WAIT_POLICY is the standard's variable, GOMP_SPINCOUNT that of GNU's library, which
-# torch's wheels for Linux contain. 1,000 rounds are a few microseconds, so that threads that finish at nearly the same
-# time do not go to sleep.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+# torch's wheels for Linux contain. 5,000 rounds are about 0.1 ms: between two products of a training step or a token
+# threads stay awake, but they do not hold a core that another process needs (figures: benchmarks/LOG.md).
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
 TIMING_SECONDS = 0.1  # for each kind of product
 CPU_PRODUCT = 256, 512  # rows, width
 GPU_PRODUCT = 2048, 2048  # smaller ones take as long as their launch, in every precision

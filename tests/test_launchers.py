@@ -105,7 +105,7 @@ def test_every_launcher_gives_the_same_run_and_deepspeed_does_not_drown_it(work)
             out, err = process.communicate(timeout=120)
         assert (process.returncode, err) == (0, "")
         outs.append(own_lines(out))
-    assert len(outs[0]) == 14
+    assert len(outs[0]) in (14, 15)  # one more where there are more cores than the launchers' one thread uses
     # The last digit that is shown may be rounded otherwise.
     words, numbers = zip(*(words_and_numbers("\n".join(out)) for out in outs), strict=True)
     assert words[1] == words[0]

@@ -39,7 +39,7 @@ ENGLISH = Path(__file__).parents[1] / "assets" / "english.txt"
 QUANTIZATIONS = ("int8", "fp16")
 
 
-def for_generation(model: GPT, quantize: str | None = None) -> GPT:
+def for_generation(model: GPT, quantize: str | None = None, *, batched: bool = True) -> GPT:
     """The same model with its matrices laid out to generate with alone; the one given stays as it is.
 
     What is not a matrix is shared with it, and so is the token embedding, whose rows are looked up: the head tied to
@@ -54,12 +54,15 @@ def for_generation(model: GPT, quantize: str | None = None) -> GPT:
             are in bf16, whose sums are rounded otherwise for few rows than for many, so near a tie a row's token may
             hang on the size of its batch. `perplexity` says what rounding costs.
 
+        batched: False if one sequence at a time is continued, as in a chat: some kernels are then faster, whose last
+            bits differ from those that the sequence would get in a batch.
+
     Raises:
         ValueError: no such quantization.
     """
     if quantize not in (None, *QUANTIZATIONS):
         raise ValueError(f"no quantization {quantize!r}; one of {', '.join(QUANTIZATIONS)}")
-    chosen = _kernel(model.wte.weight, quantize)
+    chosen = _kernel(model.wte.weight, quantize, batched)
     if chosen is None:
         return model
     kernel, dtype, narrow = chosen
@@ -82,7 +85,7 @@ def for_generation(model: GPT, quantize: str | None = None) -> GPT:
     return fast
 
 
-def _kernel(weight: Tensor, quantize: str | None) -> tuple[Kernel, torch.dtype, torch.dtype] | None:
+def _kernel(weight: Tensor, quantize: str | None, batched: bool) -> tuple[Kernel, torch.dtype, torch.dtype] | None:
     """The kernel for a model with such weights, and the dtypes of its activations and of the weights that it is given;
     None where the plain path is best."""
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
@@ -95,7 +98,7 @@ def _kernel(weight: Tensor, quantize: str | None) -> tuple[Kernel, torch.dtype, 
         return (PackedLinear, fp32, fp32) if packs else None
     native_bf16 = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported() and fastest_precision("cpu") == "bf16"
     if quantize == "int8" and not native_bf16:
-        return (DynamicInt8Linear if int8_levels() else Int8Linear), fp32, fp32
+        return (partial(DynamicInt8Linear, batched=batched) if int8_levels() else Int8Linear), fp32, fp32
     if quantize == "int8":
         return Int8Linear, bf16, fp32
     if weight.dtype == bf16:
@@ -110,6 +113,7 @@ def load_for_generation(
     device: str | torch.device,
     tokenizer_name: str | None = None,
     quantize: str | None = None,
+    batched: bool = True,
     on_note: Callable[[str], None] | None = None,
 ) -> tuple[GPT, Tokenizer]:
     """A checkpoint and its tokenizer, ready to answer: what chat, prediction and self-instruct open.
@@ -117,6 +121,7 @@ def load_for_generation(
     Args:
         tokenizer_name: another tokenizer than the checkpoint's.
         quantize: as in `for_generation`; or "bf16".
+        batched: as in `for_generation`.
         on_note: is told what lighter weights cost, which takes a measurement: the perplexity, see `with_loss`, and how
             much slower bf16 is where it is emulated.
 
@@ -126,7 +131,7 @@ def load_for_generation(
     """
     model = GPT.from_pretrained(name_or_folder, revision, device=device)
     with ThreadPoolExecutor() as pool:  # the weights are packed while the vocabulary is read
-        packed = None if quantize and on_note else pool.submit(lighten, model, quantize)
+        packed = None if quantize and on_note else pool.submit(lighten, model, quantize, batched)
         tokenizer = Tokenizer.from_pretrained(tokenizer_name or name_or_folder, None if tokenizer_name else revision)
     model.config.check_vocabulary(tokenizer.vocab_size)
     if packed:
@@ -134,17 +139,19 @@ def load_for_generation(
     assert quantize and on_note
     if quantize == "bf16" and (warning := bf16_warning(str(device))):
         on_note(warning)
-    model, cost = with_loss(model, tokenizer, quantize)
+    model, cost = with_loss(model, tokenizer, quantize, batched)
     on_note(cost)
     return model, tokenizer
 
 
-def lighten(model: GPT, quantize: str | None) -> GPT:
+def lighten(model: GPT, quantize: str | None, batched: bool = True) -> GPT:
     """`for_generation`, with "bf16" too; for it the model given is itself converted."""
-    return for_generation(model.bfloat16()) if quantize == "bf16" else for_generation(model, quantize)
+    if quantize == "bf16":
+        return for_generation(model.bfloat16(), batched=batched)
+    return for_generation(model, quantize, batched=batched)
 
 
-def with_loss(model: GPT, tokenizer: Tokenizer, quantize: str) -> tuple[GPT, str]:
+def with_loss(model: GPT, tokenizer: Tokenizer, quantize: str, batched: bool = True) -> tuple[GPT, str]:
     """An fp32 model in bf16, or quantized, laid out for generation; and what that costs, measured, as a line.
 
     The cost is the change of the perplexity on the text that is bundled with the package (`assets/english.txt`), in
@@ -154,7 +161,7 @@ def with_loss(model: GPT, tokenizer: Tokenizer, quantize: str) -> tuple[GPT, str
     length = model.config.n_positions
     pieces = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
     before = perplexity(model, pieces)
-    model = lighten(model, quantize)
+    model = lighten(model, quantize, batched)
     after = perplexity(model, pieces)
     cost = f"perplexity {before:,.2f} in fp32, {after:,.2f} in {quantize} ({after / before - 1:+.2%})"
     return model, f"{cost}, over {len(ids)} tokens of English"

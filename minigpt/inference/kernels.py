@@ -19,6 +19,7 @@ FEW_ROWS = 8  # up to that many, `_weight_int8pack_mm` is faster than to unpack 
 FEW_NARROW_ROWS = 4  # the same for products in half precision on a CPU that emulates them
 WHOLE_STEPS = 64  # `_weight_int8pack_mm` reads out of bounds unless K is a multiple of it
 PART = 3072  # rows of a weight that are unpacked at a time: the whole head would not fit into a processor's cache
+BLOCK = 96  # outputs of a block of `BlockTable`: few enough to be summed in registers
 OUTLIERS = 8  # channels of each row of activations that are multiplied in fp32
 TINY = torch.finfo(torch.float32).tiny
 
@@ -105,35 +106,89 @@ class Int8Linear:
 
 
 class DynamicInt8Linear:
-    """Weight and activations in 8 bits, multiplied as integers by fbgemm; fp32 in, fp32 out.
+    """An 8-bit weight on a CPU without bf16 instructions; fp32 in, fp32 out.
 
-    Each row of activations has its own scale, so what a row gets does not depend on its neighbours. The scale is that
-    of the row's (OUTLIERS + 1)-th largest channel; what the larger ones have beyond it is multiplied in fp32, or one
-    large channel would leave no steps to the others (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339). With OUTLIERS 1
-    and the row [100, -2, 1]: the scale is 2, the integers stand for [1, -1, 0.5] * 2, and channel 0 has 98 more.
+    Activations are rounded to 8 bits too and multiplied as integers by fbgemm. Each row has its own scale, so what it
+    gets does not depend on its neighbours. The scale is that of the row's (OUTLIERS + 1)-th largest channel; what the
+    larger ones have beyond it is multiplied in fp32, or one large channel would leave no steps to the others
+    (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339). With OUTLIERS 1 and the row [100, -2, 1]: the scale is 2, the
+    integers stand for [1, -1, 0.5] * 2, and channel 0 has 98 more.
+
+    Args:
+        batched: False if rows are never compared with those of a batch: one row alone is then multiplied by the table,
+            in fp32, which is twice as fast and more exact, but not the same to the last bit.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, batched: bool = True):
         levels = int8_levels()
         assert levels, "the caller asks for the kernel only where there is one"
         rounded, scale = round_rows(weight, torch.float32)
         self.packed = pack_int8(rounded, scale)
         self.quantized = 1 / levels, levels + 1  # scale and zero point of what lies between -1 and 1
-        # The channels' weights once more, each (N,) on its own in 8 bits, for the few that a row needs.
-        self.channels = torch.ops.quantized.embedding_bag_byte_prepack(weight.detach().float().t().contiguous())
-        self.bias = bias
+        self.table = BlockTable(weight)
+        self.bias, self.batched = bias, batched
         self.outliers = min(OUTLIERS, weight.shape[1] - 1)
 
     def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (B,T,K) -> (R,K)
-        largest, channels = rows.abs().topk(self.outliers + 1)  # both (R,OUTLIERS+1), the largest first
-        limit = largest.narrow(1, self.outliers, 1).clamp_(min=TINY)  # (R,1)
-        scaled = rows / limit
-        beyond = F.softshrink(scaled.gather(1, channels), 1.0)  # what lies above 1 or below -1; the last one is 0
-        y = _int8_product(scaled.clamp_(-1, 1), *self.quantized, self.packed)
-        y += _weighted_sums(self.channels, channels, beyond)
-        y = y.mul_(limit) if self.bias is None else torch.addcmul(self.bias, y, limit)
+        if len(rows) == 1 and not self.batched:
+            y = self.table.product(rows)
+            y = y if self.bias is None else y.add_(self.bias)
+        else:
+            largest, channels = rows.abs().topk(self.outliers + 1)  # both (R,OUTLIERS+1), the largest first
+            limit = largest.narrow(1, self.outliers, 1).clamp_(min=TINY)  # (R,1)
+            scaled = rows / limit
+            beyond = F.softshrink(scaled.gather(1, channels), 1.0)  # what lies above 1 or below -1; the last one is 0
+            y = _int8_product(scaled.clamp_(-1, 1), *self.quantized, self.packed)
+            y += self.table.weighted_sums(channels, beyond)
+            y = y.mul_(limit) if self.bias is None else torch.addcmul(self.bias, y, limit)
         return _finish(y.view(*x.shape[:-1], -1), gelu, residual)  # (R,N) -> (B,T,N)
+
+
+class BlockTable:
+    """A weight (N,K) in 8 bits as a table of its channels, which fbgemm's embedding bag multiplies and sums in fp32:
+    y = sum over k of x[k] * weight[:, k].
+
+    The N outputs are cut into blocks, each of which is read from front to back; threads share the blocks. Each channel
+    of a block has its own scale and offset. For N = 4, K = 2 and blocks of 2, the table's rows are weight[0:2, 0],
+    weight[0:2, 1], weight[2:4, 0], weight[2:4, 1].
+    """
+
+    def __init__(self, weight: Tensor):
+        self.outputs, self.channels = weight.shape
+        self.blocks = -(-self.outputs // BLOCK)
+        weight = F.pad(weight.detach().float(), (0, 0, 0, self.blocks * BLOCK - self.outputs))
+        table = weight.view(self.blocks, BLOCK, self.channels).transpose(1, 2).reshape(-1, BLOCK)  # (blocks*K,BLOCK)
+        self.table = torch.ops.quantized.embedding_bag_byte_prepack(table)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """(R,K) -> (R,N)."""
+        weights = rows[:, None].expand(-1, self.blocks, -1)  # (R,K) -> (R,blocks,K)
+        return self._sums(_all_channels(len(rows), self.blocks, self.channels), weights)
+
+    def weighted_sums(self, channels: Tensor, weights: Tensor) -> Tensor:
+        """Sums over a few channels of each row: (R,k) channels and their weights -> (R,N)."""
+        first = torch.arange(0, self.blocks * self.channels, self.channels)  # (blocks,)
+        indices = first[:, None] + channels[:, None]  # (blocks,1) + (R,1,k) -> (R,blocks,k)
+        return self._sums(indices.view(-1), weights[:, None].expand(-1, self.blocks, -1))
+
+    def _sums(self, indices: Tensor, weights: Tensor) -> Tensor:
+        """(R*blocks*k,) indices and (R,blocks,k) weights -> (R,N)."""
+        rows, blocks, size = weights.shape
+        sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            self.table, indices, _bag_starts(rows * blocks, size), mode=0, per_sample_weights=weights.reshape(-1)
+        )
+        return sums.view(rows, -1)[:, : self.outputs]  # (R*blocks,BLOCK) -> (R,N)
+
+
+@cache
+def _all_channels(rows: int, blocks: int, channels: int) -> Tensor:
+    return torch.arange(blocks * channels).repeat(rows)
+
+
+@cache
+def _bag_starts(bags: int, size: int) -> Tensor:
+    return torch.arange(0, bags * size, size)
 
 
 def _finish(y: Tensor, gelu: bool, residual: Tensor | None) -> Tensor:
@@ -178,18 +233,6 @@ def pack_int8(weight: Tensor, scale: Tensor) -> torch.ScriptObject:
 
 def _int8_product(x: Tensor, scale: float, zero_point: int, packed: torch.ScriptObject) -> Tensor:
     return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, scale, zero_point, packed)
-
-
-def _weighted_sums(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Sums of rows of a table in 8 bits: (K,N), (R,k), (R,k) -> (R,N)."""
-    return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-        table, indices.view(-1), _bag_starts(*indices.shape), mode=0, per_sample_weights=weights.view(-1)
-    )
-
-
-@cache
-def _bag_starts(rows: int, size: int) -> Tensor:
-    return torch.arange(0, rows * size, size)
 
 
 @cache

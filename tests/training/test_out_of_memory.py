@@ -73,8 +73,8 @@ def test_the_line_the_exit_code_and_the_resume(tmp_path, capfd):
 
 def test_the_same_command_goes_on_as_if_nothing_had_been(tmp_path):
     assert script(tmp_path / "run", {"resume": "auto"}, step=5) == 1
-    small_run(tmp_path / "run", {"resume": "auto"})
-    small_run(tmp_path / "undisturbed", {})
+    on_ranks(1, small_run, tmp_path / "run", {"resume": "auto"})
+    on_ranks(1, small_run, tmp_path / "undisturbed", {})
     assert_equal(evidence(tmp_path / "run"), evidence(tmp_path / "undisturbed"))
 
 
