@@ -1,4 +1,4 @@
-"""From raw text to answers in a few minutes, on a CPU, without a network.
+"""From raw text to answers on a CPU, without a network; it begins by saying how long it takes.
 
 A GPT-2 of 2.1 million parameters reads a corpus of facts that comes with the package, is tuned on questions about
 most of them, and is then asked about the others: facts that it has read, but never been asked about. In the end it

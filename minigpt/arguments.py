@@ -102,8 +102,8 @@ class QuantizeArguments:
     """Lighter weights to answer with."""
 
     quantize: Literal["int8", "fp16"] | None = None
-    """Round the weights to answer faster on a CPU. fp16: the same answers but for near ties; int8: the fastest,
-    a little less exact. Unset: as they are."""
+    """Round the weights to answer faster on a CPU. fp16: the same answers except at near ties. int8: rounded further,
+    and the fastest for one conversation. Unset: as they are."""
 
 
 @dataclass

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from minigpt.inference import kernels
 from minigpt.inference.kernels import (
+    BLOCK,
+    BlockTable,
     DynamicInt8Linear,
     Fp16Linear,
     Int8Linear,
@@ -128,6 +130,35 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(weight, bias):
         assert torch.equal(linear(x[start:stop]), together[start:stop])
     products = DynamicInt8Linear(weight, None)(x)
     assert max(relative(y, F.linear(row, weight)) for y, row in zip(products, x, strict=True)) < 0.03
+
+
+@needs_int8
+@pytest.mark.parametrize("outputs", [BLOCK, 2 * BLOCK, 331])
+def test_a_table_of_channels_multiplies_rows_and_parts_of_them(outputs):
+    """331 outputs are no whole number of blocks: what pads the last one is not returned."""
+    weight, rows = torch.randn(outputs, 64, generator=torch.Generator().manual_seed(4)), rows_of(3)
+    table = BlockTable(weight)
+    assert relative(table.product(rows), F.linear(rows, weight)) < 0.01
+    assert torch.equal(table.product(rows[1:2]), table.product(rows)[1:2])
+    channels, weights = torch.tensor([[5, 0], [63, 7], [2, 2]]), rows[:, :2]
+    expected = torch.stack([weight[:, own] @ w for own, w in zip(channels, weights, strict=True)])
+    assert relative(table.weighted_sums(channels, weights), expected) < 0.01
+
+
+@needs_int8
+def test_one_row_is_multiplied_by_the_table_unless_it_may_be_compared_with_a_batch(weight, bias):
+    """A chat continues one row: faster, and nearer to fp32, because its activations are not rounded."""
+    row = rows_of(1)
+    row[0, 3] *= 100
+    plain, single, batched = (
+        F.linear(row, weight, bias),
+        DynamicInt8Linear(weight, bias, batched=False)(row),
+        DynamicInt8Linear(weight, bias)(row),
+    )
+    assert relative(single, plain) < 0.01
+    assert not torch.equal(single, batched)
+    many = rows_of(4)
+    assert torch.equal(DynamicInt8Linear(weight, bias, batched=False)(many), DynamicInt8Linear(weight, bias)(many))
 
 
 @needs_int8
