@@ -16,7 +16,6 @@ from torch import distributed
 
 from minigpt import GPT, Batch, GPTConfig, TrainConfig, make_engine
 
-torch.set_num_threads(1)  # on tensors this small, more threads only wait for each other
 SHAPE = GPTConfig(vocab_size=4096, n_positions=64, n_embd=128, n_layer=4, n_head=4)
 ZERO = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000}  # no parameter is too small to cut
 SUMS = {"grad_accum_dtype": "bf16"}  # as in the paper; by default minigpt sums gradients in fp32

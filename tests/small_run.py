@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -77,7 +78,6 @@ def small_run(
         The exit code, and the examples that this rank read in each step.
     """
     config = TrainConfig(output_dir=str(folder), **{**SETTINGS, **settings})
-    metrics.draw_losses = lambda *_: False  # which takes longer than all the rest
     (folder.parent / f"{folder.name}.pid-{rank()}").write_text(str(os.getpid()))
     seen: list[list[int]] = [[]]
 
@@ -88,7 +88,8 @@ def small_run(
             seen[-1].append(index)
             return super().__getitem__(index)
 
-    with run_folder(config, "unused"):
+    undrawn = mock.patch.object(metrics, "draw_losses", lambda *_: False)  # drawing takes longer than all the rest
+    with undrawn, run_folder(config, "unused"):
         model = small_model(dropout, seed=1 if find_checkpoint(folder, config.resume) else 0)
         engine = make_engine(model, config)
         real_step = engine.step

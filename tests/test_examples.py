@@ -24,7 +24,7 @@ PUBLIC = {"minigpt": minigpt.__all__, "minigpt.selfinstruct": minigpt.selfinstru
 SAYS = {  # patterns that must be found; every example, listed here or not, ends with the fact that it teaches
     "01_tokens.py": [
         r"4,096 ids = 256 bytes \+ 3,839 merges \+ 1 special\n",
-        r"by hand \[688\], the tokenizer \[688\]\n",
+        r"by hand \[(\d+)\], the tokenizer \[\1\]\n",
     ],
     "02_prompt_and_mask.py": [r"\| \[Paris\.<\|endoftext\|>\]\n", r"HugChat:\[ Paris\.<\|endoftext\|>\]\n"],
     "03_collator.py": [r"\[    5, 50256,  -100\]\]\)\n", r"one batch of 2: loss [\d.]+ over 5 targets\n"],

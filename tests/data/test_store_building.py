@@ -231,7 +231,7 @@ def test_of_three_processes_that_find_a_damaged_store_one_replaces_it(tmp_path, 
         time.sleep(0.01)
     (tmp_path / "log.go").touch()
     outputs, errors = zip(*[finish(process) for process in processes], strict=True)
-    assert outputs == (f"{folder} 30\n",) * 3
+    assert [output.splitlines()[-1] for output in outputs] == [f"{folder} 30"] * 3  # after a word about a long wait
     assert len(builders(log)) == 1
     assert "".join(errors) == (
         f"{folder}: damaged (ids.bin is not what was written: its sha256 differs): rebuilding it\n"

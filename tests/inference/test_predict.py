@@ -81,7 +81,7 @@ def test_the_batch_stays_full(learnt, tokenizer):
     assert max(tokens) > 3 * min(tokens)
     assert sum(calls) == sum(tokens + 1 for tokens in tokens) * 4  # each row is read once for each of its tokens
     fed = [size for size in calls if size == 4]
-    assert len(fed) > 0.7 * sum(tokens + 1 for tokens in tokens)  # and nearly always beside three others
+    assert len(fed) > 0.6 * sum(tokens + 1 for tokens in tokens)  # and nearly always beside three others
 
 
 def test_the_bar_counts_answers_as_they_end(learnt, tokenizer, monkeypatch):
