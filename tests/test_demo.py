@@ -48,7 +48,7 @@ def demo(monkeypatch):
 
 
 def test_its_recipes_train_on_this_cpu(tmp_path):
-    """A few steps of each, on a few lines: the precision and the kernels are those that the demonstration would take."""
+    """A few steps of each, on a few lines, in the precision and with the kernels that the demonstration takes."""
     work = Workplace(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     short = ("--max_steps", 8, "--warmup_steps", 0, "--per_device_train_batch_size", 2, "--eval_samples", 0)
