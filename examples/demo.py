@@ -26,9 +26,7 @@ from minigpt.distributed import clock, pick_device
 from minigpt.hardware import available_cores, fastest_precision
 
 ROOT = Path(__file__).parents[1]
-OTHER_STEPS = (
-    830  # tuning, answers and starts of scripts, in steps of pretraining: 264 s / 0.124 s - 1,300 (benchmarks/LOG.md)
-)
+OTHER_STEPS = 830  # tuning, answers and starts, in steps of pretraining: 264 s / 0.124 s - 1,300
 LONG = 600  # seconds; above them the reasons are printed
 
 
