@@ -22,7 +22,7 @@ from uuid import uuid4
 # A full disk, a missing right, a file where a folder belongs; a file system without locks.
 UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
-    *(errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP),
+    *(errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOENT),  # the last: a folder in /proc
 }
 
 

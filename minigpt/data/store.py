@@ -88,11 +88,14 @@ class TokenStore(Sequence[Example]):
     def __init__(self, folder: Path):
         meta = _read_meta(folder)
         self.folder = folder
-        self.stats = StoreStats(**meta["stats"])
-        self.ids = _map(folder / "ids.bin", np.dtype(meta["dtype"]), meta)
-        self.supervised = _map(folder / "supervised.bin", np.dtype(bool), meta)
-        self.offsets = _map(folder / "offsets.bin", np.dtype(np.int64), meta)
-        self.prompt_lengths = _map(folder / "prompt_lengths.bin", np.dtype(np.int64), meta)
+        try:
+            self.stats = StoreStats(**meta["stats"])
+            self.ids = _map(folder / "ids.bin", np.dtype(meta["dtype"]), meta)
+            self.supervised = _map(folder / "supervised.bin", np.dtype(bool), meta)
+            self.offsets = _map(folder / "offsets.bin", np.dtype(np.int64), meta)
+            self.prompt_lengths = _map(folder / "prompt_lengths.bin", np.dtype(np.int64), meta)
+        except (KeyError, TypeError) as error:
+            raise DamagedStoreError("meta.json has another form, as written by another version") from error
         self.lengths = np.diff(self.offsets)
         self.fingerprint = folder.name
 

@@ -187,7 +187,7 @@ class FastBlock(nn.Module):
 
     def __init__(self, block: Block, linear: Kernel, dtype: torch.dtype):
         super().__init__()
-        self.attend = partial(attend, n_head=block.attn.n_head, layer=block.attn.layer)
+        self.n_head, self.layer = block.attn.n_head, block.attn.layer
         self.ln_1, self.ln_2 = _layer_norm(block.ln_1, dtype), _layer_norm(block.ln_2, dtype)
         self.c_attn, self.attn_c_proj, self.c_fc, self.mlp_c_proj = (
             linear(own.weight, own.bias)
@@ -195,7 +195,8 @@ class FastBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
-        y = self.attend(self.c_attn(self.ln_1(x)), cache=cache, mask=mask)
+        qkv = self.c_attn(self.ln_1(x))
+        y = attend(qkv, self.n_head, self.layer, cache, mask)
         x = self.attn_c_proj(y, residual=x)
         y = self.c_fc(self.ln_2(x), gelu=True)
         return self.mlp_c_proj(y, residual=x)
@@ -203,7 +204,7 @@ class FastBlock(nn.Module):
 
 def _layer_norm(module: nn.LayerNorm, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     weight, bias = module.weight.detach().to(dtype), module.bias.detach().to(dtype)
-    return partial(F.layer_norm, normalized_shape=module.normalized_shape, weight=weight, bias=bias, eps=module.eps)
+    return partial(torch.layer_norm, normalized_shape=module.normalized_shape, weight=weight, bias=bias, eps=module.eps)
 
 
 class Int8Embedding(nn.Module):

@@ -137,6 +137,7 @@ def next_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     for (temperature, top_k, top_p), places in alike.items():
         own = logits if len(places) == len(rows) else logits[places]
         if temperature == 0:
+            own = own.numpy() if own.device.type == "cpu" else own  # whose argmax is 20 times as fast as torch's
             found = own.argmax(-1)
         else:
             own = own.cpu() if own.device.type == "mps" else own  # which has no fp64

@@ -259,7 +259,7 @@ def prepare(config: TrainConfig, hidden_size: int, device_type: str) -> tuple[An
     settings = deepspeed_config(config, hidden_size, world_size(), device_type)
     deepspeed = import_deepspeed(device_type)
     if config.fp16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
-        raise ValueError(f"{device_type} does not compute in fp16: use --bf16")
+        raise ValueError(f"{device_type} does not compute in fp16: use --precision auto")
     try:
         deepspeed.runtime.zero.config.get_zero_config(deepcopy(settings))
     except ValueError as error:  # pydantic's, of several lines

@@ -15,7 +15,7 @@ import pytest
 
 from minigpt.data import store as module
 from minigpt.data.prompts import get_template
-from minigpt.data.store import DamagedStoreError, TokenStore, build_store, build_text_store
+from minigpt.data.store import DamagedStoreError, TokenStore, _sum_of_meta, build_store, build_text_store
 from minigpt.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.tiny()
@@ -102,11 +102,16 @@ def test_a_damaged_file_is_found_and_the_store_built_anew(name, damage, path, ca
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("sound", [False, True])
 @pytest.mark.parametrize("key", ["dtype", "stats", "files", "sha256"])
-def test_a_meta_json_that_lacks_a_key_is_damaged(key, path, cache, builds):
+def test_a_meta_json_that_lacks_a_key_is_damaged(key, sound, path, cache, builds):
+    """Also one whose sum is right: another version wrote it."""
     folder = build(path, cache).folder
     meta = json.loads((folder / "meta.json").read_text())
     del meta[key]
+    if sound and "sha256" in meta:
+        del meta["sha256"]
+        meta["sha256"] = _sum_of_meta(meta)
     (folder / "meta.json").write_text(json.dumps(meta))
     assert len(build(path, cache)) == 30
     assert len(builds) == 2

@@ -1,5 +1,7 @@
 """Each kernel against `F.linear` in fp32."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,15 +136,32 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(weight, bias):
 
 @needs_int8
 @pytest.mark.parametrize("outputs", [BLOCK, 2 * BLOCK, 331])
-def test_a_table_of_channels_multiplies_rows_and_parts_of_them(outputs):
+def test_a_table_of_channels_multiplies_a_row_and_parts_of_rows(outputs):
     """331 outputs are no whole number of blocks: what pads the last one is not returned."""
-    weight, rows = torch.randn(outputs, 64, generator=torch.Generator().manual_seed(4)), rows_of(3)
-    table = BlockTable(weight)
-    assert relative(table.product(rows), F.linear(rows, weight)) < 0.01
-    assert torch.equal(table.product(rows[1:2]), table.product(rows)[1:2])
+    generator = torch.Generator().manual_seed(4)
+    weight, bias = torch.randn(outputs, 64, generator=generator), 100 * torch.randn(outputs, generator=generator)
+    rows = rows_of(3)
+    plain, table = BlockTable(weight, None), BlockTable(weight, bias)
+    for x in (rows[1:2], rows[2:3, None]):
+        y = plain.linear(x)
+        assert y.shape == (*x.shape[:-1], outputs)
+        assert relative(y, F.linear(x, weight)) < 0.01
+        assert (table.linear(x) - y - bias).abs().max() < 2e-3 * bias.abs().max()  # the bias in 16 bits
     channels, weights = torch.tensor([[5, 0], [63, 7], [2, 2]]), rows[:, :2]
     expected = torch.stack([weight[:, own] @ w for own, w in zip(channels, weights, strict=True)])
-    assert relative(table.weighted_sums(channels, weights), expected) < 0.01
+    for each in (plain, table):
+        assert relative(each.weighted_sums(channels, weights), expected) < 0.01
+
+
+@needs_int8
+def test_threads_do_not_share_the_buffer_of_a_table():
+    weight, rows = torch.randn(BLOCK, 64, generator=torch.Generator().manual_seed(4)), rows_of(16)
+    table = BlockTable(weight, None)
+    expected = [table.linear(row) for row in rows]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            for y, wanted in zip(pool.map(table.linear, rows), expected, strict=True):
+                assert torch.equal(y, wanted)
 
 
 @needs_int8
