@@ -7,7 +7,7 @@ SEED ?= 1
 .PHONY: demo test test-slow test-small-cpus lint readme clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py --seed $(SEED)
+	$(BIN)/python examples/demo/demo.py --seed $(SEED)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -19,9 +19,9 @@ test-slow: $(VENV)/.dev
 # that the CPU lacks must fall back to the plain one and give equal results. The variables hold back the kernels of
 # PyTorch (ATEN), oneDNN and MKL. They cannot imitate a small CPU's speed, nor hold back code that does not read them
 # (fbgemm, which int8 layers use; NumPy; safetensors), nor add AVX512 or AMX to a CPU that lacks them.
-SMALL_CPU_TESTS := tests/model tests/inference/test_fast.py tests/inference/test_decoder.py \
-	tests/inference/test_sampling.py tests/training/test_engine.py tests/training/test_loop.py \
-	tests/test_configs.py tests/test_demo.py
+SMALL_CPU_TESTS := tests/model tests/inference/test_packed.py tests/inference/test_decoder.py \
+	tests/inference/test_generate.py tests/training/engines/test_torch_engine.py tests/training/test_loop.py \
+	tests/test_configs.py tests/examples/demo/test_demo.py
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 SSE4 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 

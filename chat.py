@@ -5,7 +5,7 @@
     python chat.py --model_name_or_path runs/sft/export < questions.txt > answers.txt
     python chat.py --model_name_or_path runs/sft/export --serve
 
-Read on in minigpt/inference/chat.py (what the model is asked), minigpt/inference/sampling.py (how it answers) and
+Read on in minigpt/inference/chat.py (what the model is asked), minigpt/inference/generate.py (how it answers) and
 minigpt/inference/terminal.py (the commands), or minigpt/inference/serve/ (the server).
 """
 
@@ -14,7 +14,10 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from minigpt.arguments import (
+from minigpt.distributed import explained_if_out_of_memory, pick_device, world_size
+from minigpt.inference.terminal import Terminal
+from minigpt.settings.command_line import run
+from minigpt.settings.groups import (
     ModelArguments,
     PromptArguments,
     QuantizeArguments,
@@ -22,9 +25,6 @@ from minigpt.arguments import (
     ServeArguments,
     require,
 )
-from minigpt.config import run
-from minigpt.distributed import explained_if_out_of_memory, pick_device, world_size
-from minigpt.inference.terminal import Terminal
 
 
 @dataclass
@@ -64,7 +64,7 @@ def main(config: ChatConfig) -> None:
     from minigpt.data.prompts import Template, get_template, template_of
     from minigpt.data.tokenizer import Tokenizer
     from minigpt.inference.chat import Chat
-    from minigpt.inference.fast import load_for_generation, use_huge_pages
+    from minigpt.inference.packed import load_for_generation, use_huge_pages
     from minigpt.model.gpt2 import GPT
 
     gc.freeze()
@@ -89,8 +89,8 @@ def main(config: ChatConfig) -> None:
     sampling = SamplingArguments(**{field.name: getattr(config, field.name) for field in fields(SamplingArguments)})
     if config.serve:
         try:
-            from minigpt.inference.serve.answer import Asker
-            from minigpt.inference.serve.run import Server
+            from minigpt.serving.requests import Asker
+            from minigpt.serving.server import Server
         except ModuleNotFoundError as error:
             raise ImportError(f"--serve needs {error.name} (pip install -c constraints.txt -e '.[serve]')") from None
         asker = Asker(*load(name, config.revision), asdict(sampling), config.system)

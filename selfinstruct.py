@@ -4,7 +4,7 @@
     python sft.py --model_name_or_path openai-community/gpt2 --data runs/tasks/machine_generated_instructions.jsonl
 
 Read on in minigpt/selfinstruct/bootstrap.py (the rounds), minigpt/selfinstruct/request.py (what is asked and read) and
-minigpt/selfinstruct/filters.py (what is dropped); minigpt/selfinstruct/curation.py for --curate.
+minigpt/selfinstruct/filters.py (what is dropped); minigpt/selfinstruct/curation/curate.py for --curate.
 """
 
 import signal
@@ -12,15 +12,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.arguments import ModelArguments, QuantizeArguments, require
-from minigpt.config import run
 from minigpt.distributed import is_main, pick_device, say, world_size
-from minigpt.selfinstruct.batch_dir import TASKS, open_batch_dir
 from minigpt.selfinstruct.bootstrap import Bootstrap, RunArguments, table, why_ended
-from minigpt.selfinstruct.curation import CurationArguments
+from minigpt.selfinstruct.curation.curate import CurationArguments
 from minigpt.selfinstruct.endpoint import ApiGenerator, EndpointArguments
 from minigpt.selfinstruct.generators import Generator, LocalGenerator, Ranks
+from minigpt.selfinstruct.run_files import TASKS, open_batch_dir
 from minigpt.selfinstruct.tasks import SEED_TASKS, read_seed_tasks
+from minigpt.settings.command_line import run
+from minigpt.settings.groups import ModelArguments, QuantizeArguments, require
 
 
 @dataclass
@@ -52,7 +52,7 @@ def main(config: SelfInstructConfig) -> None:
 
 def bootstrap(config: SelfInstructConfig) -> None:
     """The one process that draws, judges and writes; where there are others, they generate with it."""
-    from minigpt.selfinstruct.report import write_report
+    from minigpt.selfinstruct.report.write import write_report
 
     folder, seed_tasks = Path(config.batch_dir), read_seed_tasks(config.seed_tasks_path or SEED_TASKS)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing that is committed can be lost
@@ -84,7 +84,7 @@ def make_generator(config: SelfInstructConfig) -> Generator:
 
 
 def load_model(config: SelfInstructConfig) -> LocalGenerator:
-    from minigpt.inference.fast import load_for_generation
+    from minigpt.inference.packed import load_for_generation
 
     model, tokenizer = load_for_generation(
         str(config.model_name_or_path),
@@ -100,12 +100,12 @@ def curate(config: SelfInstructConfig) -> None:
     """Writes the tasks that stay, and those that went with the reason, beside the file."""
     path, to = config.data or str(Path(config.batch_dir) / TASKS), config.output_dir
     if config.curate == "lint":
-        from minigpt.selfinstruct.lint import lint
+        from minigpt.selfinstruct.curation.lint import lint
 
         lint(path, eval_data=config.eval_data, threshold=config.curate_threshold or 0.7, output_dir=to)
         return
-    from minigpt.selfinstruct.embed import Embedder
-    from minigpt.selfinstruct.meaning import consistent, unique
+    from minigpt.selfinstruct.curation.embed import Embedder
+    from minigpt.selfinstruct.curation.semantic import consistent, unique
 
     embed, threshold = Embedder(config.embedding_model, config.device), config.curate_threshold or 0.5
     if config.curate == "unique":

@@ -37,8 +37,8 @@ setup(
     packages=find_packages(include=["minigpt", "minigpt.*"]),
     package_data={
         "minigpt": [
-            *("py.typed", "assets/*.txt", "assets/*.jsonl", "assets/*.tiktoken", "assets/tables/*.tsv"),
-            *("inference/*.html", "inference/serve/web/*", "selfinstruct/web/*"),
+            *("py.typed", "assets/*.txt", "assets/*.jsonl", "assets/*.tiktoken"),
+            *("evaluation/*.html", "serving/web/*", "selfinstruct/report/web/*"),
         ]
     },
     install_requires=[

@@ -11,7 +11,9 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minigpt.arguments import (
+from minigpt.distributed import is_main, pick_device, say
+from minigpt.settings.command_line import run
+from minigpt.settings.groups import (
     DataArguments,
     ModelArguments,
     PredictArguments,
@@ -21,8 +23,6 @@ from minigpt.arguments import (
     check_range,
     require,
 )
-from minigpt.config import run
-from minigpt.distributed import is_main, pick_device, say
 
 
 @dataclass
@@ -58,23 +58,23 @@ class SFTConfig(ModelArguments, DataArguments, PromptArguments, PredictArguments
 def main(config: SFTConfig) -> None:
     name = require(config, "model_name_or_path", "a folder or a hub id, such as openai-community/gpt2")
     # Imported here, so that --help and such errors need not wait for torch.
-    from minigpt.data.dataset import Encoding
-    from minigpt.data.inspect import show_examples
+    from minigpt.data.encode import Encoding
+    from minigpt.data.preview import show_examples
     from minigpt.data.prompts import get_template, template_of
     from minigpt.data.splits import read_conversations, read_text, split_conversations
     from minigpt.data.store import Blocks
     from minigpt.data.tokenizer import Tokenizer
-    from minigpt.inference.fast import lighten
-    from minigpt.inference.judge import Judge
-    from minigpt.inference.predict import predict_file, show_answers
+    from minigpt.evaluation.judge import Judge
+    from minigpt.evaluation.predict import predict_file, show_answers
+    from minigpt.inference.packed import lighten
     from minigpt.model.gpt2 import GPT, GPTConfig
-    from minigpt.training.checkpoint import export, find_checkpoint
-    from minigpt.training.engine import check_engine, make_engine
+    from minigpt.training.engines.torch_engine import check_engine, make_engine
     from minigpt.training.loop import evaluate, perplexity, train
-    from minigpt.training.machine import fit_to_machine
     from minigpt.training.out_of_memory import explain_out_of_memory
     from minigpt.training.plan import plan
-    from minigpt.training.run import run_folder
+    from minigpt.training.precision import fit_to_machine
+    from minigpt.training.run.checkpoint import export, find_checkpoint
+    from minigpt.training.run.folder import run_folder
 
     # ---- what the model's folder says
     revision, device = config.revision, pick_device(config.device)

@@ -11,9 +11,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minigpt.arguments import DataArguments, ModelArguments, TrainConfig, check_range, require
-from minigpt.config import run
 from minigpt.distributed import pick_device, say
+from minigpt.settings.command_line import run
+from minigpt.settings.groups import DataArguments, ModelArguments, TrainConfig, check_range, require
 
 
 @dataclass
@@ -49,15 +49,15 @@ def main(config: PretrainConfig) -> None:
     from minigpt.data.prompts import get_template
     from minigpt.data.splits import split_text
     from minigpt.data.tokenizer import GPT2, Tokenizer
-    from minigpt.inference.predict import show_text
+    from minigpt.evaluation.predict import show_text
     from minigpt.model.gpt2 import GPT, GPTConfig
-    from minigpt.training.checkpoint import export, find_checkpoint
-    from minigpt.training.engine import check_engine, make_engine
+    from minigpt.training.engines.torch_engine import check_engine, make_engine
     from minigpt.training.loop import train
-    from minigpt.training.machine import fit_to_machine
     from minigpt.training.out_of_memory import explain_out_of_memory
     from minigpt.training.plan import plan
-    from minigpt.training.run import run_folder
+    from minigpt.training.precision import fit_to_machine
+    from minigpt.training.run.checkpoint import export, find_checkpoint
+    from minigpt.training.run.folder import run_folder
 
     # ---- tokenizer and shape
     name = config.model_name_or_path

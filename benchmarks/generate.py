@@ -60,7 +60,7 @@ def prepare(side: str, dtype: str, rows: int, beams: int, args) -> Callable[[int
     prompts = random_prompts(rows, args.prompt)
     if side == "ours":
         from minigpt import GPT, generate
-        from minigpt.inference.fast import for_generation, use_huge_pages
+        from minigpt.inference.packed import for_generation, use_huge_pages
 
         use_huge_pages()
         if dtype == "bf16":

@@ -29,8 +29,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from minigpt.arguments import TrainConfig
 from minigpt.model.gpt2 import GPT, GPTConfig
+from minigpt.settings.groups import TrainConfig
 from minigpt.training.plan import count_parameters, plan
 
 ROOT = Path(__file__).parents[1]
@@ -241,7 +241,7 @@ def run_script(script: str, report: Path, arguments: list[str]) -> None:
     """In each rank: train.py or sft.py as it is; rank 0 then writes the most memory that it held."""
     import importlib
 
-    from minigpt.config import run
+    from minigpt.settings.command_line import run
 
     sys.argv = [f"{script}.py", *arguments]
     sys.path.insert(0, str(ROOT))
@@ -432,7 +432,7 @@ def work_on(task: str, folder: Path, device: str, dtype: str) -> None:
     import torch
 
     from minigpt import generate
-    from minigpt.inference.fast import for_generation
+    from minigpt.inference.packed import for_generation
 
     if task == "save":
         torch.manual_seed(0)

@@ -19,7 +19,7 @@ import torch
 
 from minigpt import GPT, Batch, GPTConfig, TrainConfig, make_engine
 from minigpt.distributed import pick_device, say, world_size
-from minigpt.training.deepspeed_config import deepspeed_config
+from minigpt.training.engines.deepspeed_config import deepspeed_config
 from minigpt.training.plan import plan
 
 

@@ -12,9 +12,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.config import run
 from minigpt.files import whole_file
-from minigpt.training.metrics import draw_losses
+from minigpt.settings.command_line import run
+from minigpt.training.run.metrics import draw_losses
 
 DOCS, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 BEGIN, END = "<!-- transcript: `make readme` writes it -->\n", "<!-- end of the transcript -->\n"
@@ -54,7 +54,7 @@ def main(config: RegenerateConfig) -> None:
 
 def run_demo(folder: str) -> str:
     """Runs the demonstration, shows what it prints, and returns it."""
-    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--output_dir", folder]
+    command = [sys.executable, str(ROOT / "examples" / "demo" / "demo.py"), "--output_dir", folder]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
         assert process.stdout is not None

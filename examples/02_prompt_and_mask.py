@@ -1,6 +1,6 @@
 """What the model reads, and the part of it that it learns to write: one example in every template.
 
-Opens minigpt/data/prompts.py (where trigger words live) and minigpt/data/dataset.py (segments become ids).
+Opens minigpt/data/prompts.py (where trigger words live) and minigpt/data/encode.py (segments become ids).
 
     python examples/02_prompt_and_mask.py
 """

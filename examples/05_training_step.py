@@ -1,6 +1,7 @@
 """A training step with nothing hidden: logits, the loss at each position, gradients by layer, AdamW recomputed.
 
-Opens minigpt/training/loop.py (the step), minigpt/training/engine.py (what it drives) and minigpt/training/optim.py.
+Opens minigpt/training/loop.py (the step), minigpt/training/engines/torch_engine.py (what it drives) and
+minigpt/training/optim.py.
 
     python examples/05_training_step.py
 """

@@ -1,6 +1,6 @@
 """From a distribution to a text: greedy, sampled, by beams; and what the cache saves.
 
-Opens minigpt/inference/sampling.py (generate), next_token.py and beams.py beside it, and minigpt/model/cache.py.
+Opens minigpt/inference/generate.py (generate), sampling.py and beams.py beside it, and minigpt/model/cache.py.
 
     python examples/07_generate.py
 """

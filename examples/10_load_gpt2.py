@@ -1,6 +1,6 @@
 """GPT-2's weights as the hub keeps them, mapped to ours name by name: a prefix goes, and four matrices a layer turn.
 
-Opens minigpt/model/hub.py (the files) and the end of minigpt/model/gpt2.py (from_pretrained, save_pretrained).
+Opens minigpt/model/weights.py (the files) and the end of minigpt/model/gpt2.py (from_pretrained, save_pretrained).
 
     python examples/10_load_gpt2.py
 """

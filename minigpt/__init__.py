@@ -10,27 +10,27 @@ from typing import TYPE_CHECKING, Any
 from minigpt.version import __version__
 
 if TYPE_CHECKING:
-    from minigpt.arguments import TrainConfig
     from minigpt.data.collate import Batch, collate
-    from minigpt.data.dataset import Example, encode_example
+    from minigpt.data.encode import Example, encode_example
     from minigpt.data.prompts import get_template
-    from minigpt.data.records import Conversation, read_records
+    from minigpt.data.read.records import Conversation, read_records
     from minigpt.data.tokenizer import Tokenizer
-    from minigpt.inference.sampling import generate, stream
+    from minigpt.inference.generate import generate, stream
     from minigpt.model.gpt2 import GPT, GPTConfig
-    from minigpt.training.engine import make_engine
+    from minigpt.settings.groups import TrainConfig
+    from minigpt.training.engines.torch_engine import make_engine
     from minigpt.training.loop import train
 
 _HOMES = {
-    "minigpt.arguments": ["TrainConfig"],
+    "minigpt.settings.groups": ["TrainConfig"],
     "minigpt.data.collate": ["Batch", "collate"],
-    "minigpt.data.dataset": ["Example", "encode_example"],
+    "minigpt.data.encode": ["Example", "encode_example"],
     "minigpt.data.prompts": ["get_template"],
-    "minigpt.data.records": ["Conversation", "read_records"],
+    "minigpt.data.read.records": ["Conversation", "read_records"],
     "minigpt.data.tokenizer": ["Tokenizer"],
-    "minigpt.inference.sampling": ["generate", "stream"],
+    "minigpt.inference.generate": ["generate", "stream"],
     "minigpt.model.gpt2": ["GPT", "GPTConfig"],
-    "minigpt.training.engine": ["make_engine"],
+    "minigpt.training.engines.torch_engine": ["make_engine"],
     "minigpt.training.loop": ["train"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

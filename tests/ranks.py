@@ -20,7 +20,7 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout:
 
     Raises AssertionError with the traceback of the first rank that failed, or that took longer than `timeout` seconds.
     """
-    from minigpt.training.deepspeed_engine import import_deepspeed
+    from minigpt.training.engines.deepspeed_engine import import_deepspeed
 
     import_deepspeed("cpu")  # once here, not once a rank; and what the first optimizer and the first engine import
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401

@@ -15,16 +15,16 @@ from unittest import mock
 import numpy as np
 import torch
 
-from minigpt.arguments import TrainConfig
-from minigpt.data.dataset import Example
+from minigpt.data.encode import Example
 from minigpt.distributed import rank, world_size
 from minigpt.model.gpt2 import GPT, GPTConfig
-from minigpt.training import checkpoint, metrics
-from minigpt.training.checkpoint import checkpoints, find_checkpoint
-from minigpt.training.engine import Engine, make_engine
+from minigpt.settings.groups import TrainConfig
+from minigpt.training.engines.torch_engine import Engine, make_engine
 from minigpt.training.loop import train
-from minigpt.training.preemption import Preempted
-from minigpt.training.run import run_folder
+from minigpt.training.run import checkpoint, metrics
+from minigpt.training.run.checkpoint import checkpoints, find_checkpoint
+from minigpt.training.run.folder import run_folder
+from minigpt.training.run.preemption import Preempted
 
 STEPS = 20
 SETTINGS: dict[str, Any] = {

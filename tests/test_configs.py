@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minigpt.config import parse
 from minigpt.model.gpt2 import GPTConfig
+from minigpt.settings.command_line import parse
 from minigpt.training.plan import count_parameters, plan
 
 ROOT = Path(__file__).parents[1]

@@ -14,15 +14,16 @@ import minigpt
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [name for name in ("train", "sft", "selfinstruct", "chat") if (ROOT / f"{name}.py").exists()]
-GROUND = {"config", "arguments", "files", "distributed", "hardware", "version"}
+GROUND = {"api_client", "distributed", "files", "hardware", "settings", "version"}
 STANDS_ON = {  # besides the ground, and besides itself
     "ground": set(),
     "data": set(),
     "model": set(),
-    "assets": {"data", "selfinstruct"},
-    "training": {"data", "model"},
     "inference": {"data", "model"},
-    "selfinstruct": {"data", "inference"},
+    "training": {"data", "model"},
+    "evaluation": {"data", "model", "inference"},
+    "serving": {"data", "model", "inference"},
+    "selfinstruct": {"data", "model", "inference", "training", "evaluation"},
 }
 
 Graph = dict[str, set[str]]
@@ -115,7 +116,7 @@ def test_these_tests_see_every_kind_of_import():
     source = """
 import os, minigpt.data.store as store
 from minigpt import files
-from . import hub
+from . import weights
 from ..data.order import deal
 if TYPE_CHECKING:
     from minigpt.training.loop import train
@@ -123,11 +124,11 @@ def late():
     from sft import main
 """
     expected = {
-        *("os", "minigpt.data.store", "minigpt.files", "minigpt.model.hub", "minigpt.data.order.deal"),
+        *("os", "minigpt.data.store", "minigpt.files", "minigpt.model.weights", "minigpt.data.order.deal"),
         *("minigpt.training.loop.train", "sft.main"),
     }
     assert imports(source, "minigpt.model.gpt2") == expected
-    assert imports("from . import hub", "minigpt.model", is_package=True) == {"minigpt.model.hub"}
+    assert imports("from . import weights", "minigpt.model", is_package=True) == {"minigpt.model.weights"}
 
 
 @pytest.mark.parametrize(
@@ -136,13 +137,13 @@ def late():
         ("minigpt.files", "minigpt.data.store"),
         ("minigpt.data.store", "minigpt.model.gpt2"),
         ("minigpt.model.gpt2", "minigpt.data.collate"),
-        ("minigpt.training.loop", "minigpt.inference.predict"),
-        ("minigpt.inference.predict", "minigpt.training.run"),
+        ("minigpt.training.loop", "minigpt.evaluation.predict"),
+        ("minigpt.evaluation.predict", "minigpt.training.run.folder"),
         ("minigpt.inference.chat", "minigpt.selfinstruct.novelty"),
-        ("minigpt.selfinstruct.bootstrap", "minigpt.training.loop"),
-        ("minigpt.data.store", "minigpt.assets.facts"),
+        ("minigpt.training.loop", "minigpt.selfinstruct.bootstrap"),
+        ("minigpt.evaluation.predict", "minigpt.serving.app"),
         ("minigpt.data.store", "minigpt"),
-        ("minigpt.training.run", "sft"),
+        ("minigpt.training.run.folder", "sft"),
     ],
 )
 def test_these_tests_see_an_arrow_that_runs_upward(arrow):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from .inference.predictions_page import page_data
+from .evaluation.predictions_page import page_data
 from .scripted_endpoint import serve
 from .workplace import Workplace
 

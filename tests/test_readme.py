@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from minigpt import GPTConfig
-from minigpt.config import parse
+from minigpt.settings.command_line import parse
 from minigpt.training.plan import plan
 
 from .readme import BLOCKS, CLASSES, COMMANDS, PAGES, README, RUN, Block, Command, commands

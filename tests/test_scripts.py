@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
-from minigpt.arguments import TrainConfig
 from minigpt.data.prompts import get_template
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.model.gpt2 import GPT, GPTConfig
+from minigpt.settings.groups import TrainConfig
 from minigpt.training.optim import learning_rate
 
 from .workplace import Workplace

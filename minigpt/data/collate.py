@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.data.dataset import Example
+from minigpt.data.encode import Example
 
 
 class Batch(NamedTuple):

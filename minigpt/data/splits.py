@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from minigpt.arguments import DataArguments
-from minigpt.data.dataset import Encoding
+from minigpt.data.encode import Encoding
 from minigpt.data.store import Blocks, Subset, TokenStore, build_store, build_text_store, split
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import say
+from minigpt.settings.groups import DataArguments
 
 
 def read_conversations(config: DataArguments, paths: Sequence[str], encoding: Encoding) -> TokenStore:

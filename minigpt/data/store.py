@@ -31,10 +31,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from minigpt.data.dataset import Example, Ids, Mask, fit_example
+from minigpt.data.encode import Example, Ids, Mask, fit_example
 from minigpt.data.prompts import Template
-from minigpt.data.records import read_records, read_texts
-from minigpt.data.streams import find_data_files, is_raw_text
+from minigpt.data.read.records import read_records, read_texts
+from minigpt.data.read.streams import find_data_files, is_raw_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import progress_bar, say
 from minigpt.files import remove, to_disk, writing_to

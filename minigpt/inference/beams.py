@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.decoder import pad_right, positions_of
-from minigpt.inference.next_token import Sampling, process
+from minigpt.inference.sampling import Sampling, process
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt2 import GPT
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minigpt.data.dataset import encode_segments
+from minigpt.data.encode import encode_segments
 from minigpt.data.prompts import Message, Template
-from minigpt.data.records import read_records
+from minigpt.data.read.records import read_records
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.files import whole_file, writing_to
 from minigpt.inference.answer_text import AnswerText
-from minigpt.inference.sampling import stream
+from minigpt.inference.generate import stream
 from minigpt.model.gpt2 import GPT
 
 

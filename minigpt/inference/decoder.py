@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.inference.next_token import Row, Sampling, next_tokens
+from minigpt.inference.sampling import Row, Sampling, next_tokens
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt2 import GPT
 

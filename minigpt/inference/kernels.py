@@ -2,7 +2,7 @@
 then the tanh GELU, or a sum with the residual stream.
 
 One token at a time, a model does little but read its weights, so what counts is how few bytes they are and in which
-order they are read. Which class is the right one depends on the processor: `minigpt.inference.fast` chooses.
+order they are read. Which class is the right one depends on the processor: `minigpt.inference.packed` chooses.
 """
 
 import warnings

@@ -15,9 +15,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-from minigpt.arguments import SamplingArguments
-from minigpt.config import convert, debugging, in_one_line
 from minigpt.distributed import explained_if_out_of_memory
+from minigpt.settings.command_line import convert, debugging, in_one_line
+from minigpt.settings.groups import SamplingArguments
 
 if TYPE_CHECKING:  # they bring torch, and --help need not wait for it
     from minigpt.inference.chat import Chat

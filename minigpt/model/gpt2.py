@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minigpt.model import hub
 from minigpt.model.cache import KVCache
 from minigpt.model.head import linear_cross_entropy
+from minigpt.model.weights import SkipInit, check_tensors, read_config, read_weights, write_model
 
 PRESETS = {  # published shapes and parameter counts
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12},  # 124,439,808
@@ -71,7 +71,7 @@ class GPTConfig:
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, revision: str | None = None, **changes: Any) -> "GPTConfig":
         """The shape of a checkpoint, with some fields changed. Errors: those of `GPT.from_pretrained`."""
-        values = hub.read_config(name_or_folder, revision)
+        values = read_config(name_or_folder, revision)
         try:
             config = cls.from_dict(values)
         except ValueError as error:
@@ -289,13 +289,13 @@ class GPT(nn.Module):
             ValueError: it is not a GPT-2, or tensors are missing, unexpected or of another shape.
         """
         config = GPTConfig.from_pretrained(name_or_folder, revision, **changes)
-        with torch.device("meta"), hub.SkipInit():  # no memory, no initialisation
+        with torch.device("meta"), SkipInit():  # no memory, no initialisation
             model = cls(config)
         weights = {
             name: tensor.to(device=device, dtype=dtype or torch.float32)
             for name, tensor in read_state_dict(name_or_folder, revision).items()
         }
-        hub.check_tensors(model.state_dict(), weights, name_or_folder)
+        check_tensors(model.state_dict(), weights, name_or_folder)
         model.load_state_dict(weights, assign=True)
         return model.eval()
 
@@ -311,13 +311,13 @@ class GPT(nn.Module):
             if name.endswith(tuple(f"{layer}.weight" for layer in CONV1D)):
                 tensor = tensor.t()
             weights[f"transformer.{name}"] = tensor
-        hub.write_model(folder, self.config.to_dict(), weights)
+        write_model(folder, self.config.to_dict(), weights)
 
 
 def read_state_dict(name_or_folder: str | Path, revision: str | None = None) -> dict[str, Tensor]:
     """A checkpoint's weights by the module's own names and in its layout, memory-mapped."""
     weights = {}
-    for name, tensor in hub.read_weights(name_or_folder, revision).items():
+    for name, tensor in read_weights(name_or_folder, revision).items():
         name = name.removeprefix("transformer.")
         if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the tied head once more; the causal mask, which old versions saved

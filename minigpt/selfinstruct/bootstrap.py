@@ -4,7 +4,7 @@ A request shows tasks of the seed pool and of the machine pool, and the model co
 it goes through the filters; what is left joins the machine pool.
 
 Requests run in rounds. The shots of a round are drawn before it starts, from what earlier rounds kept, and draws and
-seeds depend on the run's seed and the request's number alone. So a round needs no memory but the files (batch_dir.py),
+seeds depend on the run's seed and the request's number alone. So a round needs no memory but the files (run_files.py),
 and a run comes to the same however often it was stopped, and wherever: the target and the budgets end it with the
 request that meets them, and with larger ones it goes on from there.
 """
@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal, NamedTuple
 
-from minigpt.arguments import check_range
 from minigpt.distributed import clock, progress_bar, say
-from minigpt.selfinstruct.batch_dir import BatchDir, Statistics, as_json
+from minigpt.selfinstruct.curation.labels import LabelsFirst
 from minigpt.selfinstruct.filters import BANNED_WORDS, Filters
 from minigpt.selfinstruct.generators import Completion, Generator, GeneratorArguments, How, Prompt, fit_shots
-from minigpt.selfinstruct.labels import LabelsFirst
 from minigpt.selfinstruct.request import TaskFormat
+from minigpt.selfinstruct.run_files import BatchDir, Statistics, as_json
 from minigpt.selfinstruct.tasks import Task
+from minigpt.settings.groups import check_range
 
 BATCHES = 4  # of requests in a round
 LIST = 20  # tasks in a request and its completion together, as in Stanford Alpaca

@@ -1,7 +1,7 @@
 """Completions from any server that speaks OpenAI's protocol: vLLM, TGI, Ollama, `chat.py --serve`, and OpenAI's own.
 
 Source: the API reference of completions and chat completions (https://platform.openai.com/docs/api-reference).
-Time-outs, attempts and pauses are those of minigpt/inference/api.py.
+Time-outs, attempts and pauses are those of minigpt/api_client.py.
 """
 
 import json
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.request import Request
 
-from minigpt.arguments import check_range
+from minigpt.api_client import ApiError, api_url, opener, post_json, side_by_side
 from minigpt.distributed import say
-from minigpt.inference.api import ApiError, api_url, opener, post_json, side_by_side
 from minigpt.selfinstruct.generators import Completion, How, OnArrival, Prompt, cut
+from minigpt.settings.groups import check_range
 
 if TYPE_CHECKING:  # it brings tiktoken, and --help need not wait for it
     from minigpt.data.tokenizer import Tokenizer

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from minigpt.arguments import check_range
 from minigpt.distributed import all_or_none, rank, start_process_group, world_size
 from minigpt.selfinstruct.tasks import Task
+from minigpt.settings.groups import check_range
 
 if TYPE_CHECKING:  # it brings tiktoken, and --help need not wait for it
     from minigpt.data.tokenizer import Tokenizer
@@ -122,7 +122,7 @@ class LocalGenerator:
         self, prompts: Sequence[Prompt], how: How, on_arrival: OnArrival | None = None
     ) -> list[list[Completion]]:
         """Raises ValueError where a prompt is empty or fills the context."""
-        from minigpt.inference.sampling import generate
+        from minigpt.inference.generate import generate
 
         settings, stop = how
         eot = self.tokenizer.eot_id

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from minigpt.data.records import read_records
-from minigpt.data.streams import find_data_files, read_values
+from minigpt.data.read.records import read_records
+from minigpt.data.read.streams import find_data_files, read_values
 
 SEED_TASKS = Path(__file__).parents[1] / "assets" / "seed_tasks.jsonl"
 """The pool that comes along."""

@@ -16,20 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minigpt.arguments import TrainConfig
 from minigpt.data.collate import Batch, collate
-from minigpt.data.dataset import Example
+from minigpt.data.encode import Example
 from minigpt.data.order import deal, epoch_windows, replay_rows
 from minigpt.distributed import all_or_none, is_main, rank, say, sum_over_ranks, world_size
 from minigpt.files import appears, remove
-from minigpt.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from minigpt.training.engine import Engine
-from minigpt.training.metrics import Metrics, losses_of
+from minigpt.settings.groups import TrainConfig
+from minigpt.training.engines.torch_engine import Engine
 from minigpt.training.optim import learning_rate
 from minigpt.training.out_of_memory import explain_out_of_memory
-from minigpt.training.preemption import Preempted, Preemption
-from minigpt.training.report_to import Reports
-from minigpt.training.run import CONFIG, EXPORT, EXPORT_BEST, LOSS_PICTURE, METRICS, goes_on, leave, start_run
+from minigpt.training.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from minigpt.training.run.folder import CONFIG, EXPORT, EXPORT_BEST, LOSS_PICTURE, METRICS, goes_on, leave, start_run
+from minigpt.training.run.metrics import Metrics, losses_of
+from minigpt.training.run.preemption import Preempted, Preemption
+from minigpt.training.run.trackers import Reports
 
 PAD = 0  # any id of the vocabulary: padding stands behind all that counts, and its targets are ignored
 FILLER = Batch(torch.tensor([[PAD]]), torch.tensor([[-100]]))  # where a rank has nothing left: it weighs nothing

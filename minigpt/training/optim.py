@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from minigpt.arguments import TrainConfig
+from minigpt.settings.groups import TrainConfig
 
 
 class StepInfo(NamedTuple):

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from minigpt.arguments import TrainConfig
 from minigpt.distributed import OutOfMemory, is_out_of_memory, world_size
 from minigpt.model.gpt2 import GPTConfig
-from minigpt.training.checkpoint import checkpoints
+from minigpt.settings.groups import TrainConfig
 from minigpt.training.plan import Lengths, plan
-from minigpt.training.run import METRICS
+from minigpt.training.run.checkpoint import checkpoints
+from minigpt.training.run.folder import METRICS
 
 SUGGESTIONS = 3  # changes in the message; the first is the one to try next
 MAX_RATIO = 0.99  # of the estimate before: a change that leaves more is not suggested

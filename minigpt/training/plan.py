@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minigpt.arguments import TrainConfig
 from minigpt.model.gpt2 import GPTConfig
 from minigpt.model.head import CHUNK_ELEMENTS, CHUNK_ROWS
-from minigpt.training.deepspeed_config import deepspeed_config
-from minigpt.training.state import checkpoint_bytes
+from minigpt.settings.groups import TrainConfig
+from minigpt.training.engines.deepspeed_config import deepspeed_config
+from minigpt.training.engines.state import checkpoint_bytes
 
 Precision = Literal["fp32", "autocast", "bf16", "fp16"]  # autocast: fp32 weights, bf16 arithmetic; then 16-bit weights
 Lengths = Sequence[int] | np.ndarray

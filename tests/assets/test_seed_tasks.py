@@ -7,12 +7,13 @@ from itertools import combinations
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from minigpt.assets import check_seed_tasks
-from minigpt.assets.check_seed_tasks import BY_NAME, PATH, ROWS
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.selfinstruct.filters import Filters
 from minigpt.selfinstruct.request import TaskFormat
 from minigpt.selfinstruct.tasks import Task, read_seed_tasks
+
+from . import check_seed_tasks
+from .check_seed_tasks import BY_NAME, PATH, ROWS
 
 # ---- the pool
 
@@ -77,7 +78,7 @@ def test_the_pool_is_the_one_that_was_checked():
     """Running the answers takes seconds, bash, git, node and SQLite, and changes only where the data do."""
     checked = check_seed_tasks.STAMP.read_text(encoding="utf-8").split()[0]
     found = hashlib.sha256(PATH.read_bytes()).hexdigest()
-    assert found == checked, f"{PATH.name} has changed: run python -m minigpt.assets.check_seed_tasks"
+    assert found == checked, f"{PATH.name} has changed: run python tests/assets/check_seed_tasks.py"
 
 
 def test_every_python_answer_is_judged():

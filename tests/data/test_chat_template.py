@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from minigpt.data.dataset import encode_segments
+from minigpt.data.encode import encode_segments
 from minigpt.data.prompts import TEMPLATES, Template, get_template
 from minigpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from minigpt.model.gpt2 import GPT, GPTConfig
-from minigpt.training.checkpoint import export
+from minigpt.training.run.checkpoint import export
 
 TOKENIZER = Tokenizer.tiny()
 PIECES = ["Name", " the", "capital", "s", " ", "  ", "\n", "\n\n", "\t", *".:é", "日本", "😀", "{x}", "'s", "123"]

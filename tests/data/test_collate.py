@@ -8,7 +8,7 @@ import torch
 
 from minigpt.data import collate as module
 from minigpt.data.collate import Batch, collate
-from minigpt.data.dataset import Example
+from minigpt.data.encode import Example
 
 A, B, C, D, F = 11, 12, 13, 14, 15
 E, I = 50256, -100  # noqa: E741

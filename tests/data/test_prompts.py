@@ -13,7 +13,7 @@ import pytest
 
 from minigpt import files
 from minigpt.data import prompts
-from minigpt.data.dataset import encode_segments, fit_example
+from minigpt.data.encode import encode_segments, fit_example
 from minigpt.data.prompts import TEMPLATES, Segment, Template, get_template, template_of
 from minigpt.data.tokenizer import END_OF_TEXT, Tokenizer
 

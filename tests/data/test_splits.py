@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from minigpt.arguments import DataArguments
-from minigpt.data.dataset import Encoding
+from minigpt.data.encode import Encoding
 from minigpt.data.prompts import get_template
 from minigpt.data.splits import read_conversations, read_text, split_conversations, split_text
 from minigpt.data.store import split
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.settings.groups import DataArguments
 
 TOKENIZER = Tokenizer.tiny()
 ENCODING = Encoding(get_template("io"), TOKENIZER, 64)

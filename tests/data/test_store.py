@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from minigpt.data import store as module
-from minigpt.data.dataset import Example, encode_example
+from minigpt.data.encode import Example, encode_example
 from minigpt.data.prompts import get_template
-from minigpt.data.records import read_records
+from minigpt.data.read.records import read_records
 from minigpt.data.store import Blocks, Subset, build_store, build_text_store, split
 from minigpt.data.tokenizer import Tokenizer
 
@@ -271,7 +271,7 @@ def test_text_store(tmp_path, cache):
 def test_a_text_in_pieces_is_encoded_as_one(tmp_path, cache, monkeypatch):
     text = "The king's 12 cats -- naïve, 日本 😀?\n\n  And  on. " * 200
     (tmp_path / "a.txt").write_text(text)
-    monkeypatch.setattr("minigpt.data.streams._CHUNK", 100)
+    monkeypatch.setattr("minigpt.data.read.streams._CHUNK", 100)
     store = build_text_store([str(tmp_path / "a.txt")], TOKENIZER, cache_dir=cache)
     assert store.ids.tolist() == [*TOKENIZER.encode(text), EOT]
 

@@ -1,7 +1,7 @@
 """Eight questions, and the answers that a tiny model learns by heart."""
 
 from minigpt.data.prompts import get_template
-from minigpt.data.records import Conversation
+from minigpt.data.read.records import Conversation
 
 TEMPLATE = get_template("io")
 ROWS = [

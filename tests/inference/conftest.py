@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt.arguments import TrainConfig
-from minigpt.data.dataset import encode_example
+from minigpt.data.encode import encode_example
 from minigpt.data.prompts import get_template
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.chat import Chat
 from minigpt.model.gpt2 import GPT, GPTConfig
-from minigpt.training.engine import make_engine
+from minigpt.settings.groups import TrainConfig
+from minigpt.training.engines.torch_engine import make_engine
 from minigpt.training.loop import train
 
 from .by_heart import CONVERSATIONS, TEMPLATE
@@ -105,7 +105,7 @@ def twin(talkers: Path) -> Chat:
 
 @pytest.fixture(scope="session")
 def served_model() -> GPT:
-    from .served import make_model
+    from ..serving.served import make_model
 
     return make_model(context=256)
 
@@ -113,7 +113,7 @@ def served_model() -> GPT:
 @pytest.fixture(scope="module")
 def server(served_model: GPT) -> Iterator:
     """A server that has nothing but a module's tests to do."""
-    from .served import serving
+    from ..serving.served import serving
 
     with serving(served_model) as server:
         yield server
@@ -122,6 +122,6 @@ def server(served_model: GPT) -> Iterator:
 @pytest.fixture(scope="session")
 def slow_model() -> GPT:
     """Twenty milliseconds a step: time enough to leave, to wait and to be turned away."""
-    from .served import make_model
+    from ..serving.served import make_model
 
     return make_model(context=256, step_s=0.02)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt.data.dataset import encode_segments
+from minigpt.data.encode import encode_segments
 from minigpt.data.prompts import get_template
-from minigpt.data.records import Conversation, read_records
+from minigpt.data.read.records import Conversation, read_records
 from minigpt.inference.chat import Chat, as_one_text, load_messages, save_messages
-from minigpt.inference.sampling import generate
+from minigpt.inference.generate import generate
 
 ROOT = Path(__file__).parents[2]
 ALPACA, HUGCHAT = get_template("alpaca"), get_template("hugchat")

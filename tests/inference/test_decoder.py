@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minigpt.inference.decoder import Decoder, pad_right
-from minigpt.inference.sampling import Sampling, generate
+from minigpt.inference.generate import Sampling, generate
 from minigpt.model.gpt2 import GPT, GPTConfig
 
 CONTEXT = 48

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from minigpt.data.dataset import encode_example, encode_segments
+from minigpt.data.encode import encode_example, encode_segments
 from minigpt.data.prompts import TEMPLATES, get_template
-from minigpt.data.records import Conversation
+from minigpt.data.read.records import Conversation
 from minigpt.inference.chat import Chat, as_one_text, fit_prompt
 
 ALPACA, HUGCHAT = get_template("alpaca"), get_template("hugchat")

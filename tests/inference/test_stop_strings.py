@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minigpt.inference.sampling import generate
+from minigpt.inference.generate import generate
 from minigpt.model.gpt2 import GPT
 
 

@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 
-from minigpt.arguments import SamplingArguments
-from minigpt.data.records import read_records
+from minigpt.data.read.records import read_records
 from minigpt.distributed import OutOfMemory
 from minigpt.inference.terminal import COMMANDS, Terminal
 from minigpt.model.gpt2 import GPT
+from minigpt.settings.groups import SamplingArguments
 
 from .pseudo_terminal import Pty, answer
 

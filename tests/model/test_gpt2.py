@@ -75,9 +75,9 @@ def test_loss_and_gradients_equal_transformers(judge, folder):
 
 def test_twenty_training_steps_equal_a_plain_loop_over_transformers(folder):
     """One step may agree by luck; twenty only if loss, gradients, clipping and AdamW's groups all do."""
-    from minigpt.arguments import TrainConfig
     from minigpt.data.collate import Batch
-    from minigpt.training.engine import make_engine
+    from minigpt.settings.groups import TrainConfig
+    from minigpt.training.engines.torch_engine import make_engine
     from minigpt.training.optim import learning_rate
 
     judge = GPT2LMHeadModel.from_pretrained(folder).train()

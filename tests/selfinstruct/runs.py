@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from minigpt.selfinstruct.batch_dir import Statistics, open_batch_dir
 from minigpt.selfinstruct.bootstrap import Bootstrap, RunArguments
+from minigpt.selfinstruct.run_files import Statistics, open_batch_dir
 from minigpt.selfinstruct.tasks import Task
 
 from .writers import VERBS, WORDS, Scripted

@@ -5,13 +5,13 @@ import time
 
 import pytest
 
+from minigpt.api_client import ApiError
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.inference.api import ApiError
 from minigpt.selfinstruct import endpoint as endpoint_module
 from minigpt.selfinstruct.endpoint import KEY, ApiGenerator, EndpointArguments, read_choices
 from minigpt.selfinstruct.generators import Completion, GeneratorArguments, How, LocalGenerator, Prompt
 
-from ..inference import served
+from ..serving import served
 from .endpoint import MODEL, serving
 from .writers import plausible
 

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 import selfinstruct
-from minigpt.config import parse
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.settings.command_line import parse
 
 from ..workplace import ROOT, Workplace
 from .endpoint import MODEL, serving

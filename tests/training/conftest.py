@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.arguments import TrainConfig
-from minigpt.config import parse
-from minigpt.training.deepspeed_config import deepspeed_config
+from minigpt.settings.command_line import parse
+from minigpt.settings.groups import TrainConfig
+from minigpt.training.engines.deepspeed_config import deepspeed_config
 
 
 @cache

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from minigpt.arguments import TrainConfig
 from minigpt.model.gpt2 import GPT, GPTConfig
+from minigpt.settings.groups import TrainConfig
 from minigpt.training.optim import AdamW, learning_rate, make_optimizer
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from minigpt import GPTConfig
-from minigpt.arguments import TrainConfig
-from minigpt.config import in_one_line, run
 from minigpt.distributed import OutOfMemory, explained_if_out_of_memory, fails_alone, is_out_of_memory, rank
-from minigpt.training.checkpoint import checkpoints, save_checkpoint
-from minigpt.training.engine import make_engine
+from minigpt.settings.command_line import in_one_line, run
+from minigpt.settings.groups import TrainConfig
+from minigpt.training.engines.torch_engine import make_engine
 from minigpt.training.loop import train
 from minigpt.training.out_of_memory import explain_out_of_memory, next_changes
+from minigpt.training.run.checkpoint import checkpoints, save_checkpoint
 
 from ..ranks import on_ranks
 from ..small_run import assert_equal, at_step, evidence, examples, small_model, small_run

@@ -141,7 +141,7 @@ def test_logits_are_counted_as_the_head_holds_them():
 
 def rank_memory(stage: int, bf16: bool, file: Path) -> tuple[float, float]:
     """Bytes of each parameter that a rank holds between steps, and planned."""
-    from minigpt.training.deepspeed_config import deepspeed_config
+    from minigpt.training.engines.deepspeed_config import deepspeed_config
 
     zero = {"stage": stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
     file = file.with_name(f"{stage}{bf16}.json")

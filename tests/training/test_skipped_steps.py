@@ -9,7 +9,7 @@ from minigpt import train
 from minigpt.distributed import is_main
 
 from ..ranks import engine_of, few, on_ranks
-from .test_engines import DATA, HALF, KINDS, step
+from .engines.test_engines import DATA, HALF, KINDS, step
 from .test_loop import tiny_model
 
 

@@ -1,0 +1,241 @@
+"""A model's weights laid out for generation.
+
+`for_generation` prepares each matrix once, for the kernel that suits the machine (`minigpt.inference.kernels`). oneDNN
+reads weights in blocks of its own; given the plain layout it walks through memory in strides, or reorders them at
+every call. With `quantize="fp16"` they take half of fp32's bytes, with `"int8"` a quarter.
+
+GPUs keep the plain path unless weights are quantized, and training never sees any of this.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.hardware import bf16_warning, fastest_precision
+from minigpt.inference.kernels import (
+    DynamicInt8Linear,
+    Fp16Linear,
+    Int8Linear,
+    Kernel,
+    PackedLinear,
+    PlainLinear,
+    WidenedLinear,
+    has_fp16_product,
+    int8_levels,
+)
+from minigpt.model.cache import KVCache
+from minigpt.model.gpt2 import GPT, Block, attend
+from minigpt.model.weights import SkipInit
+
+ENGLISH = Path(__file__).parents[1] / "assets" / "english.txt"
+QUANTIZATIONS = ("int8", "fp16")
+
+
+def for_generation(model: GPT, quantize: str | None = None, *, batched: bool = True) -> GPT:
+    """The same model with its matrices laid out to generate with alone; the one given stays as it is.
+
+    What is not a matrix is shared with it, and so is the token embedding, whose rows are looked up: the head tied to
+    it is a second, packed copy. Let go of the model given, and its other matrices are freed.
+
+    Args:
+        model: fp32 or bf16.
+        quantize: None leaves the weights as they are, and returns the model itself where no layout is better than its
+            own (on a GPU, or without oneDNN). "fp16" rounds the matrices to fp16; on a CPU products are taken in fp32.
+            "int8" rounds them to 8 bits, and on a CPU without bf16 instructions the activations too, each row by
+            itself; a row then gets the same bits alone and in any batch. Where bf16 is native (and on a GPU), products
+            are in bf16, whose sums are rounded otherwise for few rows than for many, so near a tie a row's token may
+            hang on the size of its batch. `perplexity` says what rounding costs.
+
+        batched: False if one sequence at a time is continued, as in a chat: some kernels are then faster, whose last
+            bits differ from those that the sequence would get in a batch.
+
+    Raises:
+        ValueError: no such quantization.
+    """
+    if quantize not in (None, *QUANTIZATIONS):
+        raise ValueError(f"no quantization {quantize!r}; one of {', '.join(QUANTIZATIONS)}")
+    chosen = _kernel(model.wte.weight, quantize, batched)
+    if chosen is None:
+        return model
+    kernel, dtype, narrow = chosen
+
+    def linear(weight: Tensor, bias: Tensor | None) -> Any:
+        return kernel(weight.detach().to(narrow), None if bias is None else bias.detach().to(dtype))
+
+    with torch.device("meta"), SkipInit():
+        fast = GPT(model.config).eval()
+    fast.lm_head = linear(model.wte.weight, None)
+    int8_lookup = isinstance(fast.lm_head, Int8Linear)
+    for name in ("wpe", "ln_f") if int8_lookup else ("wte", "wpe", "ln_f"):
+        for key, parameter in model.get_submodule(name).named_parameters():
+            own = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+            setattr(fast.get_submodule(name), key, own)
+    if isinstance(fast.lm_head, Int8Linear):
+        fast.wte = Int8Embedding(fast.lm_head, dtype)  # type: ignore[assignment]  # looks up as an Embedding does
+    fast.h = nn.ModuleList(FastBlock(block, linear, dtype) for block in model.h)  # type: ignore[arg-type]
+    fast.register_state_dict_pre_hook(_refuse_state_dict)
+    return fast
+
+
+def _kernel(weight: Tensor, quantize: str | None, batched: bool) -> tuple[Kernel, torch.dtype, torch.dtype] | None:
+    """The kernel for a model with such weights, and the dtypes of its activations and of the weights that it is given;
+    None where the plain path is best."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    if weight.device.type != "cpu":
+        return {None: None, "int8": (Int8Linear, bf16, weight.dtype), "fp16": (PlainLinear, fp16, fp16)}[quantize]
+    if quantize == "fp16":
+        return (Fp16Linear, fp32, fp32) if has_fp16_product() else (WidenedLinear, fp32, fp16)
+    packs = torch.backends.mkldnn.is_available()
+    if quantize is None and weight.dtype == fp32:
+        return (PackedLinear, fp32, fp32) if packs else None
+    native_bf16 = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported() and fastest_precision("cpu") == "bf16"
+    if quantize == "int8" and not native_bf16:
+        return (partial(DynamicInt8Linear, batched=batched) if int8_levels() else Int8Linear), fp32, fp32
+    if quantize == "int8":
+        return Int8Linear, bf16, fp32
+    if weight.dtype == bf16:
+        return (PackedLinear if native_bf16 else WidenedLinear), bf16, bf16
+    return None
+
+
+def load_for_generation(
+    name_or_folder: str,
+    revision: str | None = None,
+    *,
+    device: str | torch.device,
+    tokenizer_name: str | None = None,
+    quantize: str | None = None,
+    batched: bool = True,
+    on_note: Callable[[str], None] | None = None,
+) -> tuple[GPT, Tokenizer]:
+    """A checkpoint and its tokenizer, ready to answer: what chat, prediction and self-instruct open.
+
+    Args:
+        tokenizer_name: another tokenizer than the checkpoint's.
+        quantize: as in `for_generation`; or "bf16".
+        batched: as in `for_generation`.
+        on_note: is told what lighter weights cost, which takes a measurement: the perplexity, see `with_loss`, and how
+            much slower bf16 is where it is emulated.
+
+    Raises:
+        FileNotFoundError, ValueError: those of `GPT.from_pretrained` and `Tokenizer.from_pretrained`; the tokenizer has
+            ids that the model does not have.
+    """
+    model = GPT.from_pretrained(name_or_folder, revision, device=device)
+    with ThreadPoolExecutor() as pool:  # the weights are packed while the vocabulary is read
+        packed = None if quantize and on_note else pool.submit(lighten, model, quantize, batched)
+        tokenizer = Tokenizer.from_pretrained(tokenizer_name or name_or_folder, None if tokenizer_name else revision)
+    model.config.check_vocabulary(tokenizer.vocab_size)
+    if packed:
+        return packed.result(), tokenizer
+    assert quantize and on_note
+    if quantize == "bf16" and (warning := bf16_warning(str(device))):
+        on_note(warning)
+    model, cost = with_loss(model, tokenizer, quantize, batched)
+    on_note(cost)
+    return model, tokenizer
+
+
+def lighten(model: GPT, quantize: str | None, batched: bool = True) -> GPT:
+    """`for_generation`, with "bf16" too; for it the model given is itself converted."""
+    if quantize == "bf16":
+        return for_generation(model.bfloat16(), batched=batched)
+    return for_generation(model, quantize, batched=batched)
+
+
+def with_loss(model: GPT, tokenizer: Tokenizer, quantize: str, batched: bool = True) -> tuple[GPT, str]:
+    """An fp32 model in bf16, or quantized, laid out for generation; and what that costs, measured, as a line.
+
+    The cost is the change of the perplexity on the text that is bundled with the package (`assets/english.txt`), in
+    pieces of at most the model's context. It is little text: differences below a tenth of a percent say nothing.
+    """
+    ids = tokenizer.encode(ENGLISH.read_text(encoding="utf-8"))
+    length = model.config.n_positions
+    pieces = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
+    before = perplexity(model, pieces)
+    model = lighten(model, quantize, batched)
+    after = perplexity(model, pieces)
+    cost = f"perplexity {before:,.2f} in fp32, {after:,.2f} in {quantize} ({after / before - 1:+.2%})"
+    return model, f"{cost}, over {len(ids)} tokens of English"
+
+
+def use_huge_pages() -> None:
+    """Lets torch ask for huge pages where a tensor is large, on Linux; call it before the process makes its first one.
+
+    Weights are then read 7% (bf16) to 13% (fp32) faster, for a few tenths of a second more of packing.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read once, by torch's allocator
+
+
+def _refuse_state_dict(*_: Any) -> None:
+    raise ValueError("these weights are packed for generation; save the model that they came from")
+
+
+class FastBlock(nn.Module):
+    """A `Block` in fewer calls: a product also takes the GELU, or adds the residual stream.
+
+    One token is so little work that calls count, those of Python too: so what it calls are no modules.
+    """
+
+    def __init__(self, block: Block, linear: Kernel, dtype: torch.dtype):
+        super().__init__()
+        self.n_head, self.layer = block.attn.n_head, block.attn.layer
+        self.ln_1, self.ln_2 = _layer_norm(block.ln_1, dtype), _layer_norm(block.ln_2, dtype)
+        self.c_attn, self.attn_c_proj, self.c_fc, self.mlp_c_proj = (
+            linear(own.weight, own.bias)
+            for own in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        )
+
+    def forward(self, x: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        qkv = self.c_attn(self.ln_1(x))
+        y = attend(qkv, self.n_head, self.layer, cache, mask)
+        x = self.attn_c_proj(y, residual=x)
+        y = self.c_fc(self.ln_2(x), gelu=True)
+        return self.mlp_c_proj(y, residual=x)
+
+
+def _layer_norm(module: nn.LayerNorm, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    weight, bias = module.weight.detach().to(dtype), module.bias.detach().to(dtype)
+    return partial(torch.layer_norm, normalized_shape=module.normalized_shape, weight=weight, bias=bias, eps=module.eps)
+
+
+class Int8Embedding(nn.Module):
+    """Looks tokens up in the rows of the head tied to it."""
+
+    def __init__(self, head: Int8Linear, dtype: torch.dtype):
+        super().__init__()
+        self.head, self.dtype = head, dtype
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.head.weight[idx].to(self.dtype) * self.head.scale[idx, None].to(self.dtype)
+
+
+@torch.inference_mode()
+def perplexity(model: GPT, sequences: Sequence[Sequence[int]]) -> float:
+    """exp of the mean negative log-likelihood of every token after each sequence's first.
+
+    Sequences longer than the context are cut to it. `perplexity(fast, data) / perplexity(model, data)` is what
+    quantization costs.
+
+    Raises:
+        ValueError: no sequence has two tokens.
+    """
+    total, count = 0.0, 0
+    for ids in sequences:
+        idx = torch.tensor([list(ids[: model.config.n_positions])], device=model.wpe.weight.device)  # (1,T)
+        if idx.shape[1] < 2:
+            continue
+        logits = model(idx[:, :-1])[0].float()  # (T-1,V)
+        total += F.cross_entropy(logits, idx[0, 1:], reduction="sum").item()
+        count += idx.shape[1] - 1
+    if count == 0:
+        raise ValueError("perplexity needs a sequence of two tokens or more")
+    return torch.tensor(total / count, dtype=torch.float64).exp().item()  # where math.exp would overflow: infinity

@@ -1,0 +1,1 @@
+"""Which of the generated tasks are kept."""

@@ -1,0 +1,1 @@
+"""The report on a self-instruct run: its data, figures and page."""

@@ -1,0 +1,1 @@
+"""Engines: forward, backward and step, in plain PyTorch or with DeepSpeed."""
