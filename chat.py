@@ -89,17 +89,17 @@ def main(config: ChatConfig) -> None:
     sampling = SamplingArguments(**{field.name: getattr(config, field.name) for field in fields(SamplingArguments)})
     if config.serve:
         try:
-            from minigpt.serving.requests import Asker
+            from minigpt.serving.requests import RequestBuilder
             from minigpt.serving.server import Server
         except ModuleNotFoundError as error:
             raise ImportError(f"--serve needs {error.name} (pip install -c constraints.txt -e '.[serve]')") from None
-        asker = Asker(*load(name, config.revision), asdict(sampling), config.system)
+        builder = RequestBuilder(*load(name, config.revision), asdict(sampling), config.system)
         public_name = Path(name).name if Path(name).is_absolute() else name  # clients need not know where it lies
         with explained_if_out_of_memory(
             f"a smaller --max_batch_size (now {config.max_batch_size}) needs a smaller cache"
         ):
-            server = Server(asker, public_name, config)
-        print(f"{name}: template {asker.template.name}; Ctrl-C ends", file=sys.stderr)
+            server = Server(builder, public_name, config)
+        print(f"{name}: template {builder.template.name}; Ctrl-C ends", file=sys.stderr)
         print(f"{server.url} is the page, {server.url}/v1 OpenAI's API", file=sys.stderr, flush=True)
         server.run()
         return

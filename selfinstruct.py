@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.distributed import is_main, pick_device, say, world_size
+from minigpt.distributed import is_main, pick_device, print0, world_size
 from minigpt.selfinstruct.bootstrap import Bootstrap, RunArguments, table, why_ended
 from minigpt.selfinstruct.curation.curate import CurationArguments
 from minigpt.selfinstruct.endpoint import ApiGenerator, EndpointArguments
@@ -60,8 +60,8 @@ def bootstrap(config: SelfInstructConfig) -> None:
         with open_batch_dir(folder, config, seed_tasks) as files:
             generator = make_generator(config)
             statistics = Bootstrap(files, config, seed_tasks, generator).run()
-            say(table(statistics))
-            say(f"{'report':16} {write_report(folder, config.filters())}")
+            print0(table(statistics))
+            print0(f"{'report':16} {write_report(folder, config.filters())}")
             if isinstance(generator, Ranks):
                 generator.close()
     except KeyboardInterrupt:
@@ -69,7 +69,7 @@ def bootstrap(config: SelfInstructConfig) -> None:
         sys.exit(75)
     if statistics.kept:
         model = config.model_name_or_path or "openai-community/gpt2"
-        say(f"{'next':16} python sft.py --model_name_or_path {model} --data {folder / TASKS}")
+        print0(f"{'next':16} python sft.py --model_name_or_path {model} --data {folder / TASKS}")
     if statistics.ended != "target":
         raise ValueError(why_ended(statistics, config))
 

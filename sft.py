@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minigpt.distributed import is_main, pick_device, say
+from minigpt.distributed import is_main, pick_device, print0
 from minigpt.settings.command_line import run
 from minigpt.settings.groups import (
     DataArguments,
@@ -62,7 +62,7 @@ def main(config: SFTConfig) -> None:
     from minigpt.data.preview import show_examples
     from minigpt.data.prompts import get_template, template_of
     from minigpt.data.splits import read_conversations, read_text, split_conversations
-    from minigpt.data.store import Blocks
+    from minigpt.data.store import TokenBlocks
     from minigpt.data.tokenizer import Tokenizer
     from minigpt.evaluation.judge import Judge
     from minigpt.evaluation.predict import predict_file, show_answers
@@ -124,7 +124,7 @@ def main(config: SFTConfig) -> None:
             loss = evaluate(engine, data, config.per_device_eval_batch_size)
         if not math.isfinite(loss):
             raise ValueError(f"{name}: the loss is {loss}: the weights are broken")
-        say(f"loss {loss:.4f}, perplexity {perplexity(loss)}")
+        print0(f"loss {loss:.4f}, perplexity {perplexity(loss)}")
         return
 
     with run_folder(config, "runs/sft") as folder:
@@ -134,16 +134,16 @@ def main(config: SFTConfig) -> None:
         train_data, eval_data = split_conversations(config, encoding, config.seed)
         replay_data = None
         if config.replay_data:
-            replay_data = Blocks(read_text(config, config.replay_data, tokenizer), max_seq_length)
+            replay_data = TokenBlocks(read_text(config, config.replay_data, tokenizer), max_seq_length)
         fit_to_machine(config, device, find_checkpoint(folder, config.resume))
         lengths = (train_data.lengths, replay_data.lengths if replay_data else (), config.replay_ratio)
         if config.plan:
-            say(plan(config, model_config, *lengths).table())
+            print0(plan(config, model_config, *lengths).table())
             return
 
         # ---- model and training
         model = GPT.from_pretrained(name, revision, device=device, **changes)
-        say(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
+        print0(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
         learnt = f"Instruction-tuned on {', '.join(Path(p).name for p in config.data)}."
         with (
             explain_out_of_memory(config, model_config, device, *lengths),
@@ -161,7 +161,7 @@ def main(config: SFTConfig) -> None:
                 replay_data=replay_data,
                 replay_ratio=config.replay_ratio,
             )
-        say(result.table(folder))
+        print0(result.table(folder))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minigpt.distributed import pick_device, say
+from minigpt.distributed import pick_device, print0
 from minigpt.settings.command_line import run
 from minigpt.settings.groups import DataArguments, ModelArguments, TrainConfig, check_range, require
 
@@ -86,14 +86,14 @@ def main(config: PretrainConfig) -> None:
         train_data, eval_data = split_text(config, tokenizer, block_size, config.stride)
         fit_to_machine(config, device, find_checkpoint(folder, config.resume))
         if config.plan:
-            say(plan(config, model_config, train_data.lengths).table())
+            print0(plan(config, model_config, train_data.lengths).table())
             return
 
         # ---- model and training
         torch.manual_seed(config.seed)
         model = GPT.from_pretrained(name, config.revision, **changes) if name else GPT(model_config)
         model = model.to(device)
-        say(f"{name or config.config_name}: {model.num_parameters():,} parameters; {len(train_data):,} blocks")
+        print0(f"{name or config.config_name}: {model.num_parameters():,} parameters; {len(train_data):,} blocks")
         learnt = f"Trained on the text of {', '.join(Path(p).name for p in config.data)}."
         with (
             explain_out_of_memory(config, model_config, device, train_data.lengths),
@@ -107,7 +107,7 @@ def main(config: PretrainConfig) -> None:
                 on_eval=lambda module, step: show_text(module, tokenizer, eval_data, config.sample_tokens, config.seed),
                 export=lambda weights, to: export(to, model, tokenizer, get_template("none"), weights, learnt),
             )
-        say(result.table(folder))
+        print0(result.table(folder))
 
 
 if __name__ == "__main__":

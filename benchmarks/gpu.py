@@ -156,7 +156,7 @@ class Clock:
 # ---- processes
 
 
-def say(text: str) -> None:
+def print0(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -174,7 +174,7 @@ class Launch:
         ]
         if machine.device == "cpu":
             command += ["--device", "cpu"]
-        say("$ " + " ".join(map(str, command[1:])))
+        print0("$ " + " ".join(map(str, command[1:])))
         with open(self.log, "a") as log:
             self.start = log.tell()
             self.process = subprocess.Popen(
@@ -403,7 +403,7 @@ def model_folder(size: Size, work: Path, machine: Machine, clock: Clock) -> Path
     """Random weights at this shape, saved once, by another process: it draws them on the GPU, which is faster."""
     folder = work / size.folder
     if not (folder / "config.json").exists():
-        say(f"drawing {size.name}")
+        print0(f"drawing {size.name}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "shape.json").write_text(json.dumps(vars(size.shape)))
         worker("save", folder, machine, clock)
@@ -509,7 +509,7 @@ def ask(folder: Path, machine: Machine, clock: Clock) -> str:
     """chat.py answers a question with what was just tuned; a few steps from random weights say nothing sensible."""
     command = [sys.executable, str(ROOT / "chat.py"), "--model_name_or_path", str(folder), "--device", machine.device]
     command += ["--prompt", "What is the capital of China?", "--max_new_tokens", "16"]
-    say("$ " + " ".join(command[1:]))
+    print0("$ " + " ".join(command[1:]))
     started = time.perf_counter()
     done = finished(command, machine, clock)
     if done.returncode:

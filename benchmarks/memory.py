@@ -18,7 +18,7 @@ set_thread_waiting()  # before torch is imported
 import torch
 
 from minigpt import GPT, Batch, GPTConfig, TrainConfig, make_engine
-from minigpt.distributed import pick_device, say, world_size
+from minigpt.distributed import pick_device, print0, world_size
 from minigpt.training.engines.deepspeed_config import deepspeed_config
 from minigpt.training.plan import plan
 
@@ -71,9 +71,9 @@ def main() -> None:
             steps()
         events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
         found = int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max())
-    say(planned.table())
+    print0(planned.table())
     total = planned.memory[planned.stage].total
-    say(f"{'measured':16} {found / 2**30:.2f} GiB on rank 0; planned {total / 2**30:.2f}, {total / found:.2f} of it")
+    print0(f"{'measured':16} {found / 2**30:.2f} GiB on rank 0; planned {total / 2**30:.2f}, {total / found:.2f} of it")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def say(text: str = "") -> None:
+def print0(text: str = "") -> None:
     """Prints a line, on rank 0 only, at once. A reader that went away (`| head`) does not end the work."""
     if is_main():
         try:

@@ -26,7 +26,7 @@ UNWRITABLE = {
 }
 
 
-def find_file(name_or_folder: str | Path, filename: str, revision: str | None = None) -> Path | None:
+def resolve_file(name_or_folder: str | Path, filename: str, revision: str | None = None) -> Path | None:
     """The local path of `filename` in a folder or in a hub repository, or None where that has no such file.
 
     Raises `FileNotFoundError` where neither the folder nor the hub repository can be reached.
@@ -96,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def claim(folder: Path, lock: IO[str], otherwise: str) -> None:
+def lock_folder(folder: Path, lock: IO[str], otherwise: str) -> None:
     """Makes a folder this process's until the lock file, opened with "a+", is closed, or the process gone.
 
     Raises `FileExistsError` where another process has it; `otherwise` is what else the user may do than to wait.
@@ -131,7 +131,7 @@ def writing_to(folder: Path, flag: str) -> Iterator[None]:
         raise OSError(f"{folder}: cannot be written to ({error.strerror}); {flag} chooses another place") from error
 
 
-def appears(path: Path, seconds: float = 90) -> bool:
+def wait_until_visible(path: Path, seconds: float = 90) -> bool:
     """Whether a file that another machine wrote is seen here by then: network file systems remember absence."""
     deadline = time.monotonic() + seconds
     while not path.exists():

@@ -6,8 +6,8 @@ from minigpt.distributed import (
     all_or_none,
     is_main,
     pick_device,
+    print0,
     rank,
-    say,
     start_process_group,
     sum_over_ranks,
     world_size,
@@ -20,7 +20,7 @@ def test_one_process_is_the_first_of_one(monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert (rank(), world_size(), is_main()) == (0, 1, True)
-    say("hello")
+    print0("hello")
     assert capsys.readouterr().out == "hello\n"
 
 
@@ -28,7 +28,7 @@ def test_the_others_are_silent(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert (rank(), world_size(), is_main()) == (1, 4, False)
-    say("hello")
+    print0("hello")
     assert capsys.readouterr().out == ""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.files import find_file, read_json, whole_file
+from minigpt.files import read_json, resolve_file, whole_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,16 +18,16 @@ ROOT = Path(__file__).parents[1]
 def test_a_file_of_a_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "folder.json").mkdir()
-    assert find_file(tmp_path, "config.json") == tmp_path / "config.json"
-    assert find_file(str(tmp_path), "config.json", revision="main") == tmp_path / "config.json"
-    assert find_file(tmp_path, "absent.json") is None
-    assert find_file(tmp_path, "folder.json") is None
+    assert resolve_file(tmp_path, "config.json") == tmp_path / "config.json"
+    assert resolve_file(str(tmp_path), "config.json", revision="main") == tmp_path / "config.json"
+    assert resolve_file(tmp_path, "absent.json") is None
+    assert resolve_file(tmp_path, "folder.json") is None
 
 
 @pytest.mark.parametrize("name", ["./no/such", "/no/such/folder", "../x", "~/model", "runs/sft/export"])
 def test_a_path_that_is_no_hub_id_asks_no_hub(name):
     with pytest.raises(FileNotFoundError) as caught:
-        find_file(name, "config.json")
+        resolve_file(name, "config.json")
     assert str(caught.value) == f"{name}: no such folder (and not a hub id, which reads OWNER/NAME)"
 
 
@@ -35,12 +35,12 @@ def test_a_path_that_is_no_hub_id_asks_no_hub(name):
 
 FIND = """
 import sys
-from minigpt.files import find_file
+from minigpt.files import resolve_file
 for name in sys.argv[1:]:
     repo, _, rest = name.partition(":")
     file, _, revision = rest.partition("@")
     try:
-        found = find_file(repo, file, revision or None)
+        found = resolve_file(repo, file, revision or None)
         print(found and found.read_text())
     except FileNotFoundError as error:
         print(error)

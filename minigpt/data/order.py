@@ -33,7 +33,7 @@ def epoch_windows(
     return [*windows, rest] if len(rest) else windows
 
 
-def deal(
+def shard(
     lengths: Sequence[int] | np.ndarray, micro_batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[np.ndarray]:
     """A rank's micro-batches of a window's places, neighbours in length together.

@@ -9,7 +9,7 @@ from minigpt.data.encode import fit_example
 from minigpt.data.prompts import Message, Template
 from minigpt.data.read.records import read_records
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.distributed import say
+from minigpt.distributed import print0
 
 STYLES = {"prompt": "\033[36m", "supervised": "\033[32m", "cut": "\033[9;31m"}  # cyan, green, red struck through
 BRACKETS = {"prompt": ("", ""), "supervised": ("[", "]"), "cut": ("{cut: ", "}")}
@@ -26,7 +26,7 @@ def show_examples(
     """Prints the first examples of a dataset."""
     for conversation in islice(read_records(paths, skip_bad_records=sys.maxsize), count):
         marked = mark_example(conversation.messages, template, tokenizer, max_seq_length, train_on_prompt)
-        say(f"---- {conversation.source}: {marked}")
+        print0(f"---- {conversation.source}: {marked}")
 
 
 def mark_example(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minigpt.data.tokenizer import END_OF_TEXT
-from minigpt.files import find_file, read_json, whole_file
+from minigpt.files import read_json, resolve_file, whole_file
 
 TEMPLATE_FILE = "prompt_template.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -265,7 +265,7 @@ def template_of(model: str | Path, revision: str | None = None, *, to_tune: bool
 
     To tune, a model of raw text gets alpaca too: its own template, none, has no turns to teach.
     """
-    path = find_file(model, TEMPLATE_FILE, revision)
+    path = resolve_file(model, TEMPLATE_FILE, revision)
     if path is None or (to_tune and get_template(path).name == "none"):
         return "alpaca"
     return path
@@ -275,7 +275,7 @@ def _read(folder: str | Path) -> Template:
     path = Path(folder) if Path(folder).name == TEMPLATE_FILE else None
     if path is None and (Path(folder).is_dir() or "/" in str(folder)):  # a misspelt name asks no hub
         with suppress(FileNotFoundError):
-            path = find_file(folder, TEMPLATE_FILE)
+            path = resolve_file(folder, TEMPLATE_FILE)
     if path is None or not path.is_file():
         raise ValueError(
             f"no template {str(folder)!r}; one of {', '.join(TEMPLATES)}, or a folder with {TEMPLATE_FILE}"

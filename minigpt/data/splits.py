@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 from minigpt.data.encode import Encoding
-from minigpt.data.store import Blocks, Subset, TokenStore, build_store, build_text_store, split
+from minigpt.data.store import Subset, TokenBlocks, TokenStore, build_store, build_text_store, split
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.distributed import say
+from minigpt.distributed import print0
 from minigpt.settings.groups import DataArguments
 
 
 def read_conversations(config: DataArguments, paths: Sequence[str], encoding: Encoding) -> TokenStore:
     """`build_store`, as the flags say."""
     store = build_store(paths, *encoding, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir)
-    say(f"{' '.join(paths)}: {store.stats}")
+    print0(f"{' '.join(paths)}: {store.stats}")
     return store
 
 
@@ -20,7 +20,9 @@ def read_text(config: DataArguments, paths: Sequence[str], tokenizer: Tokenizer)
     """`build_text_store`, as the flags say."""
     store = build_text_store(paths, tokenizer, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir)
     stats = store.stats
-    say(f"{' '.join(paths)}: {stats.examples:,} documents, {stats.tokens:,} tokens; {stats.bad_records:,} bad records")
+    print0(
+        f"{' '.join(paths)}: {stats.examples:,} documents, {stats.tokens:,} tokens; {stats.bad_records:,} bad records"
+    )
     return store
 
 
@@ -41,7 +43,7 @@ def split_conversations(
 
 def split_text(
     config: DataArguments, tokenizer: Tokenizer, block_size: int, stride: int | None = None
-) -> tuple[Blocks, Blocks | None]:
+) -> tuple[TokenBlocks, TokenBlocks | None]:
     """What to train on, and what to evaluate on: `validation_data`, or the end of `data`'s one stream of tokens.
 
     The blocks to train on begin every `stride` tokens; those to evaluate on never overlap.
@@ -49,8 +51,8 @@ def split_text(
     store = read_text(config, config.data, tokenizer)
     end, held_out = store.stats.tokens, None
     if config.validation_data:
-        held_out = Blocks(read_text(config, config.validation_data, tokenizer), block_size)
+        held_out = TokenBlocks(read_text(config, config.validation_data, tokenizer), block_size)
     elif config.validation_split:
         end -= max(2, round(end * config.validation_split))  # a block of one position takes two tokens
-        held_out = Blocks(store, block_size, start=end)
-    return Blocks(store, block_size, stride, stop=end), held_out
+        held_out = TokenBlocks(store, block_size, start=end)
+    return TokenBlocks(store, block_size, stride, stop=end), held_out

@@ -36,7 +36,7 @@ from minigpt.data.prompts import Template
 from minigpt.data.read.records import read_records, read_texts
 from minigpt.data.read.streams import find_data_files, is_raw_text
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.distributed import progress_bar, say
+from minigpt.distributed import print0, progress_bar
 from minigpt.files import remove, to_disk, writing_to
 from minigpt.version import __version__
 
@@ -108,7 +108,7 @@ class TokenStore(Sequence[Example]):
         return Example(self.ids[span], self.supervised[span])
 
 
-class Blocks(Sequence[Example]):
+class TokenBlocks(Sequence[Example]):
     """A stretch of a store's tokens as blocks of `block_size` positions, every `stride` tokens one.
 
     A block has one token more than positions, because the shift eats one, so neighbours share a token at
@@ -338,7 +338,7 @@ def _open(
             if not locked:
                 waited = time.monotonic() - started
                 if waited > PATIENCE and not told:
-                    say(f"Waiting for another process, which is tokenizing the same data into {folder}")
+                    print0(f"Waiting for another process, which is tokenizing the same data into {folder}")
                     told = True
                 time.sleep(min(1.0, 0.05 + waited))  # soon at first: a small corpus takes no second
 

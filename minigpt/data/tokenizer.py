@@ -19,7 +19,7 @@ from typing import Any
 
 import tiktoken
 
-from minigpt.files import find_file, read_json, whole_file
+from minigpt.files import read_json, resolve_file, whole_file
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2 = "openai-community/gpt2"  # of the hub, which also answers to gpt2, its name of old
@@ -355,7 +355,7 @@ def _find_files(name_or_path: str | Path, revision: str | None) -> dict[str, Pat
     files: dict[str, Path] = {}
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json"):
         try:
-            path = find_file(name_or_path, name, revision)
+            path = resolve_file(name_or_path, name, revision)
         except FileNotFoundError:
             if name != "tokenizer.json" and not files:
                 raise

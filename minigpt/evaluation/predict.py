@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from minigpt.data.prompts import Message, Template
 from minigpt.data.read.records import Conversation, read_records
-from minigpt.data.store import Blocks, Subset, TokenStore
+from minigpt.data.store import Subset, TokenBlocks, TokenStore
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.distributed import progress_bar, say, world_size
+from minigpt.distributed import print0, progress_bar, world_size
 from minigpt.evaluation.judge import Judge, mark_answers, request_for
 from minigpt.evaluation.page import PAGE, PREDICTIONS, Run, check_questions, read_run, write_run
 from minigpt.files import writing_to
@@ -179,12 +179,12 @@ def predict_file(
         if run.name != name:
             raise FileExistsError(f"{target}: the answers of {run.name}; give another --output_dir for those of {name}")
         check_questions(run, questions, path)
-        say(f"{target}: is there already, and stays as it is (--overwrite_output_dir answers anew)")
+        print0(f"{target}: is there already, and stays as it is (--overwrite_output_dir answers anew)")
         if not compare_with and (kept := run.scores.get("compare_with")):
             if (Path(kept) / PREDICTIONS).exists():
                 compare_with = kept
             else:
-                say(f"{kept}: is gone; the page shows {name} alone (--compare_with names another)")
+                print0(f"{kept}: is gone; the page shows {name} alone (--compare_with names another)")
     others = [read_run(Path(compare_with))] if compare_with else []
     for other in others:
         check_questions(other, questions, path)
@@ -197,7 +197,7 @@ def predict_file(
     if compare_with:
         run = run._replace(scores={**run.scores, "compare_with": compare_with})
     write_run(run, path, others)
-    say(f"{target}: {Scores(*(run.scores[name] for name in Scores._fields))}")
+    print0(f"{target}: {Scores(*(run.scores[name] for name in Scores._fields))}")
     if judge:
         asked = [request_for(line["prompt"], line["reference"], line["prediction"]) for line in run.predictions]
         with writing_to(folder, "--output_dir"):
@@ -205,8 +205,8 @@ def predict_file(
         lines = [{**line, "mark": mark} for line, mark in zip(run.predictions, marks.each, strict=True)]
         run = run._replace(predictions=lines, scores={**run.scores, "judge": marks.summary()})
         write_run(run, path, others)
-        say(f"{folder / JUDGEMENTS}: {marks}")
-    say(f"{folder / PAGE}: to look at in a browser")
+        print0(f"{folder / JUDGEMENTS}: {marks}")
+    print0(f"{folder / PAGE}: to look at in a browser")
     return run
 
 
@@ -232,12 +232,12 @@ def show_answers(
         shown = {"prompt": prompt, "reference": reference} if step == 0 else {}
         for name, part in {**shown, "answer": answer}.items():
             text = tokenizer.decode(part)
-            say(f"  {index + 1} {name:9} {'' if len(text) <= 100 else '... '}{text[-100:]!r}")
+            print0(f"  {index + 1} {name:9} {'' if len(text) <= 100 else '... '}{text[-100:]!r}")
 
 
-def show_text(model: GPT, tokenizer: Tokenizer, data: Blocks | None, length: int, seed: int) -> None:
+def show_text(model: GPT, tokenizer: Tokenizer, data: TokenBlocks | None, length: int, seed: int) -> None:
     """Prints how a model goes on where the first block of `data` begins."""
     if length and data is not None:
         start = [int(i) for i in data[0].ids[: min(8, model.config.n_positions // 2)]]
         [more] = generate(model, [start], max_new_tokens=length, temperature=0.8, top_k=40, seed=seed)
-        say(f"  sample    {tokenizer.decode(start)!r} ... {tokenizer.decode(more)!r}")
+        print0(f"  sample    {tokenizer.decode(start)!r} ... {tokenizer.decode(more)!r}")

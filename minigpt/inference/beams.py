@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.decoder import pad_right, positions_of
-from minigpt.inference.sampling import Sampling, process
+from minigpt.inference.sampling import Sampling, apply_penalties
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt2 import GPT
 
@@ -44,7 +44,7 @@ class _Search:
         new = len(self.beams[0]) - self.prompt_length + 1  # tokens of each beam after this step
         chances = logits.float().log_softmax(-1)
         for row, ids in zip(chances, self.beams, strict=True):
-            process(row, ids, new - 1, self.sampling)
+            apply_penalties(row, ids, new - 1, self.sampling)
         # Twice as many as needed: should every beam end here, as many are left to go on.
         top, places = (chances + self.scores.to(chances.device)[:, None]).flatten().topk(2 * num_beams)
         top = top.cpu()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minigpt.data.tokenizer import Tokenizer
 
-COLDEST = 1e-30  # a temperature below it does what it does, and does not vanish in fp32
+MIN_TEMPERATURE = 1e-30  # a temperature below it does what it does, and does not vanish in fp32
 NUCLEI = (128, 2048)  # top-p orders that many tokens first: nearly always they reach p, and the vocabulary is slow
 SEQUENCE_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of one prompt's sequences: far from its neighbours' seeds
 
@@ -112,7 +112,7 @@ class Row:
         return found
 
 
-def process(scores: Tensor, ids: Sequence[int], new: int, sampling: Sampling) -> None:
+def apply_penalties(scores: Tensor, ids: Sequence[int], new: int, sampling: Sampling) -> None:
     """Repetition penalty and minimum length on one row's (V,) logits or log-probabilities, in place.
 
     `ids` are those of prompt and answer so far, the last `new` of them the answer.
@@ -131,7 +131,7 @@ def next_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     logits = logits.float()
     alike: dict[tuple[float, int, float], list[int]] = {}  # rows that draw alike are drawn together
     for place, row in enumerate(rows):
-        process(logits[place], row.ids, row.new, row.sampling)
+        apply_penalties(logits[place], row.ids, row.new, row.sampling)
         alike.setdefault((row.sampling.temperature, row.sampling.top_k, row.sampling.top_p), []).append(place)
     tokens = [0] * len(rows)
     for (temperature, top_k, top_p), places in alike.items():
@@ -156,7 +156,7 @@ def candidates(logits: Tensor, temperature: float, top_k: int = 0, top_p: float 
     """
     V = logits.shape[-1]
     highest = logits.amax(-1, keepdim=True)  # taken off first, so that no temperature makes an infinity of it
-    chances = ((logits - highest) / max(temperature, COLDEST)).softmax(-1)  # (B,V)
+    chances = ((logits - highest) / max(temperature, MIN_TEMPERATURE)).softmax(-1)  # (B,V)
     ids = None
     if 0 < top_k < V:
         chances, ids = chances.topk(top_k)  # (B,K)

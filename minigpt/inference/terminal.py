@@ -76,7 +76,7 @@ class Terminal:
             raise
         except Exception as error:
             self.failed = True
-            tell(traceback.format_exc().rstrip() if debugging() else f"error: {in_one_line(error)}")
+            eprint(traceback.format_exc().rstrip() if debugging() else f"error: {in_one_line(error)}")
 
     def obey(self, line: str) -> None:
         """Carries out a command, or asks."""
@@ -151,9 +151,9 @@ class Terminal:
     def help(self, _: str) -> None:
         width = max(len(command.usage) for command in COMMANDS.values())
         for command in COMMANDS.values():
-            tell(f"{command.usage:{width}}  {command.help}")
-        tell(f"{BLOCK} begins a message of several lines, and {BLOCK} ends it. A blank before / makes it a message.")
-        tell("Ctrl-C stops an answer, and leaves when pressed twice at the prompt; so do Ctrl-D and an empty line.")
+            eprint(f"{command.usage:{width}}  {command.help}")
+        eprint(f"{BLOCK} begins a message of several lines, and {BLOCK} ends it. A blank before / makes it a message.")
+        eprint("Ctrl-C stops an answer, and leaves when pressed twice at the prompt; so do Ctrl-D and an empty line.")
 
     def clear(self, _: str) -> None:
         self.chat.clear()
@@ -227,7 +227,7 @@ class Terminal:
         for name, value in asdict(self.sampling).items():
             limited = name == "max_new_tokens" and value > self.chat.room
             limit = f" (here {self.chat.room}, half of the context)" if limited else ""
-            tell(f"{name:18}  {'unset' if value is None else value}{limit}")
+            eprint(f"{name:18}  {'unset' if value is None else value}{limit}")
 
     def stats(self, _: str) -> None:
         answers, context = self.chat.answers, self.chat.model.config.n_positions
@@ -235,11 +235,11 @@ class Terminal:
             raise ValueError("nothing has been asked yet")
         last = answers[-1]
         tokens, seconds = sum(answer.new_tokens for answer in answers), sum(answer.seconds for answer in answers)
-        tell(f"last answer  {_speed(last.new_tokens, last.seconds)}, the first after {last.first_token_s:.2f} s")
-        tell(f"answers      {len(answers):,}: {_speed(tokens, seconds)}")
+        eprint(f"last answer  {_speed(last.new_tokens, last.seconds)}, the first after {last.first_token_s:.2f} s")
+        eprint(f"answers      {len(answers):,}: {_speed(tokens, seconds)}")
         used = last.prompt_tokens + last.new_tokens
-        tell(f"context      {used:,} of {context:,} tokens used, {self.chat.room:,} kept for each answer")
-        tell(f"left out     {last.turns_dropped:,} old turns, {last.tokens_cut:,} tokens of a message")
+        eprint(f"context      {used:,} of {context:,} tokens used, {self.chat.room:,} kept for each answer")
+        eprint(f"left out     {last.turns_dropped:,} old turns, {last.tokens_cut:,} tokens of a message")
 
     def exit(self, _: str) -> None:
         self._open = False
@@ -291,10 +291,10 @@ COMMANDS = {
 
 def note(text: str) -> None:
     """Says what happened, beside the conversation."""
-    tell(f"({text})")
+    eprint(f"({text})")
 
 
-def tell(text: str) -> None:
+def eprint(text: str) -> None:
     print(text, file=sys.stderr)
 
 

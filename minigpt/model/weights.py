@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minigpt.files import find_file, read_json, whole_file
+from minigpt.files import read_json, resolve_file, whole_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -30,7 +30,7 @@ class SkipInit(TorchFunctionMode):
 
 def read_config(name_or_folder: str | Path, revision: str | None = None) -> dict:
     """The contents of config.json."""
-    path = find_file(name_or_folder, "config.json", revision)
+    path = resolve_file(name_or_folder, "config.json", revision)
     if path is None:
         raise FileNotFoundError(f"{name_or_folder}: no config.json, so this is not a model")
     return read_json(path)
@@ -51,20 +51,20 @@ def read_weights(name_or_folder: str | Path, revision: str | None = None) -> dic
 
 
 def _weight_files(name_or_folder: str | Path, revision: str | None) -> list[Path]:
-    if single := find_file(name_or_folder, WEIGHTS, revision):
+    if single := resolve_file(name_or_folder, WEIGHTS, revision):
         return [single]
-    if index := find_file(name_or_folder, INDEX, revision):
+    if index := resolve_file(name_or_folder, INDEX, revision):
         weight_map = read_json(index).get("weight_map")  # tensor -> shard
         if not isinstance(weight_map, dict):
             raise ValueError(f'{index}: no "weight_map", which says where each tensor lies (fetch it again)')
         shards = sorted(set(weight_map.values()))
-        paths = {shard: find_file(name_or_folder, shard, revision) for shard in shards}
+        paths = {shard: resolve_file(name_or_folder, shard, revision) for shard in shards}
         missing = [shard for shard, path in paths.items() if path is None]
         if missing:
             raise FileNotFoundError(f"{index}: names {', '.join(missing)}, which is not there")
         return [path for path in paths.values() if path is not None]
     at = f" at revision {revision}" if revision else ""
-    if find_file(name_or_folder, "pytorch_model.bin", revision):
+    if resolve_file(name_or_folder, "pytorch_model.bin", revision):
         raise FileNotFoundError(
             f"{name_or_folder}{at}: only a pickle (pytorch_model.bin), which can run code and is never opened; "
             "on the hub a safetensors copy is usually at --revision refs/pr/1"

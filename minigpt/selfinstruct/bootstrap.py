@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal, NamedTuple
 
-from minigpt.distributed import clock, progress_bar, say
+from minigpt.distributed import clock, print0, progress_bar
 from minigpt.selfinstruct.curation.labels import LabelsFirst
 from minigpt.selfinstruct.filters import BANNED_WORDS, Filters
 from minigpt.selfinstruct.generators import Completion, Generator, GeneratorArguments, How, Prompt, fit_shots
@@ -154,7 +154,7 @@ class Bootstrap:
                 "tasks)"
             )
         if left_out := len(seed_tasks) - len(self.shown):
-            say(f"{left_out:,} of {len(seed_tasks):,} seed tasks are too long to be shown")
+            print0(f"{left_out:,} of {len(seed_tasks):,} seed tasks are too long to be shown")
         self.labels = None
         if arguments.label_first:
             self.labels = LabelsFirst(
@@ -171,7 +171,9 @@ class Bootstrap:
         """Rounds until the target is reached or a budget is used up."""
         statistics, target = self.statistics, self.arguments.num_instructions_to_generate
         if statistics.requests:
-            say(f"{self.files.folder}: going on after {statistics.requests:,} requests, {statistics.kept:,} tasks kept")
+            print0(
+                f"{self.files.folder}: going on after {statistics.requests:,} requests, {statistics.kept:,} tasks kept"
+            )
         with progress_bar(target, "task", "tasks kept", initial=statistics.kept) as bar:
             statistics.ended = self._ended()
             started, kept_before = time.perf_counter(), statistics.kept
@@ -185,7 +187,7 @@ class Bootstrap:
                     if new := statistics.kept - kept_before:
                         seconds = (time.perf_counter() - started) / new * max(0, target - statistics.kept)
                         line += f"  about {clock(seconds)} left"
-                    say(line)
+                    print0(line)
         self.files.commit([], [])
         return statistics
 

@@ -16,7 +16,7 @@ from urllib.error import HTTPError
 from urllib.request import Request
 
 from minigpt.api_client import ApiError, api_url, opener, post_json, side_by_side
-from minigpt.distributed import say
+from minigpt.distributed import print0
 from minigpt.selfinstruct.generators import Completion, How, OnArrival, Prompt, cut
 from minigpt.settings.groups import check_range
 
@@ -118,7 +118,7 @@ class ApiGenerator:
         if failed:
             raise self._explained(failed)
         for place, error in refused.items():
-            say(f"a request is refused, and passed over: {error}")
+            print0(f"a request is refused, and passed over: {error}")
             keep(place, [])
         return found
 

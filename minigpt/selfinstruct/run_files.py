@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from minigpt.distributed import say
-from minigpt.files import claim, whole_file, writing_to
+from minigpt.distributed import print0
+from minigpt.files import lock_folder, whole_file, writing_to
 from minigpt.selfinstruct.filters import NAMES
 from minigpt.selfinstruct.generators import Completion
 from minigpt.selfinstruct.tasks import Task
@@ -160,7 +160,7 @@ def open_batch_dir(folder: Path, config: Any, seed_tasks: Sequence[Task]) -> Ite
     with writing_to(folder, "--batch_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "a+", encoding="utf-8") as lock:
-            claim(folder, lock, "give another --batch_dir")
+            lock_folder(folder, lock, "give another --batch_dir")
             yield BatchDir(folder, config, seed_tasks)
 
 
@@ -251,7 +251,7 @@ def _committed(path: Path, count: int, unfinished: range) -> Iterator[bytes]:
             with cut.open("ab") as aside:
                 aside.write(text + b"\n")
                 _to_disk(aside)
-            say(f"{path}: what a round that was cut short left after line {count} is moved into {cut.name}")
+            print0(f"{path}: what a round that was cut short left after line {count} is moved into {cut.name}")
         file.truncate(end)
 
 

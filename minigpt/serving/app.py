@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from minigpt.serving import schema
 from minigpt.serving.guard import ApiError, Guard, Metrics
-from minigpt.serving.requests import Answer, Asker, Question
+from minigpt.serving.requests import Answer, GenerationRequest, RequestBuilder
 from minigpt.serving.worker import Worker
 from minigpt.settings.groups import LOOPBACK
 from minigpt.version import __version__
@@ -31,7 +31,7 @@ PAGE = {"index.html": "text/html", "chat.css": "text/css", "chat.js": "text/java
 T = TypeVar("T")
 
 
-def make_app(worker: Worker, asker: Asker, name: str, api_key: str | None = None) -> Guard:
+def make_app(worker: Worker, builder: RequestBuilder, name: str, api_key: str | None = None) -> Guard:
     """The server as an ASGI application.
 
     Args:
@@ -45,14 +45,14 @@ def make_app(worker: Worker, asker: Asker, name: str, api_key: str | None = None
     app = FastAPI(title="minigpt", version=__version__, docs_url=None, redoc_url=None, responses=errors)
     keyed: dict[str, Any] = {"dependencies": [Security(HTTPBearer(auto_error=False))] if api_key else []}
     streamed: dict[str, Any] = {"responses": {200: {"content": {"text/event-stream": {}}}}}
-    card = schema.ModelCard(id=name, created=int(time.time()), max_model_len=asker.model.config.n_positions)
+    card = schema.ModelCard(id=name, created=int(time.time()), max_model_len=builder.model.config.n_positions)
 
     def check_model(model: str | None) -> None:
         if model not in (None, name):
             raise ApiError(404, f"no model {model!r} here, but {name!r}", param="model", code="model_not_found")
 
-    async def respond(request: Request, body: schema.Sampled, question: Question, chat: bool) -> Response:
-        answer = Answer(question, worker, asker.tokenizer)
+    async def respond(request: Request, body: schema.Sampled, question: GenerationRequest, chat: bool) -> Response:
+        answer = Answer(question, worker, builder.tokenizer)
         metrics.counts["prompt_tokens_total"] += question.prompt_tokens
 
         def done() -> None:
@@ -83,12 +83,12 @@ def make_app(worker: Worker, asker: Asker, name: str, api_key: str | None = None
     @app.post("/v1/chat/completions", response_model=schema.ChatAnswer, **streamed, **keyed)
     async def chat_completions(body: schema.ChatRequest, request: Request) -> Any:
         check_model(body.model)
-        return await respond(request, body, await asyncio.to_thread(asker.chat, body), chat=True)
+        return await respond(request, body, await asyncio.to_thread(builder.chat, body), chat=True)
 
     @app.post("/v1/completions", response_model=schema.CompletionAnswer, **streamed, **keyed)
     async def completions(body: schema.CompletionRequest, request: Request) -> Any:
         check_model(body.model)
-        return await respond(request, body, await asyncio.to_thread(asker.completion, body), chat=False)
+        return await respond(request, body, await asyncio.to_thread(builder.completion, body), chat=False)
 
     @app.get("/v1/models", **keyed)
     async def models() -> schema.ModelList:
@@ -168,12 +168,12 @@ def invalid_request(errors: Sequence[dict[str, Any]]) -> ApiError:
     return ApiError(400, f"{'.'.join(where)}: {error['msg']}", param=where[0])
 
 
-def usage(question: Question, answer: Answer) -> dict[str, int]:
+def usage(question: GenerationRequest, answer: Answer) -> dict[str, int]:
     counted = {"prompt_tokens": question.prompt_tokens, "completion_tokens": answer.new_tokens}
     return {**counted, "total_tokens": sum(counted.values())}
 
 
-async def _choices(chat: bool, question: Question, answer: Answer) -> list[dict[str, Any]]:
+async def _choices(chat: bool, question: GenerationRequest, answer: Answer) -> list[dict[str, Any]]:
     texts, reasons = [""] * len(question.rows), [""] * len(question.rows)
     async for index, text, reason in answer:
         texts[index] += text
@@ -190,7 +190,7 @@ async def _choices(chat: bool, question: Question, answer: Answer) -> list[dict[
 
 
 async def _events(
-    head: dict[str, Any], chat: bool, question: Question, answer: Answer, include_usage: bool
+    head: dict[str, Any], chat: bool, question: GenerationRequest, answer: Answer, include_usage: bool
 ) -> AsyncIterator[str]:
     """An answer as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
 

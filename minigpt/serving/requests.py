@@ -21,7 +21,7 @@ from minigpt.serving.worker import QueueFull, Token, Worker, WorkerEnded
 COMPLETION_TOKENS = 16  # of a completion that names no limit, as OpenAI has it
 
 
-class Question(NamedTuple):
+class GenerationRequest(NamedTuple):
     """What a request asks of the worker, and how the tokens become text."""
 
     rows: list[tuple[list[int], Sampling]]
@@ -31,7 +31,7 @@ class Question(NamedTuple):
 
 
 @dataclass
-class Asker:
+class RequestBuilder:
     """Turns requests into questions. What a request leaves out is as in `sampling`, the settings of `Sampling`.
 
     Refusals are `ApiError`s of status 400.
@@ -43,7 +43,7 @@ class Asker:
     sampling: Mapping[str, Any]
     system: str | None = None
 
-    def chat(self, body: ChatRequest) -> Question:
+    def chat(self, body: ChatRequest) -> GenerationRequest:
         """The conversation as the template has it, with one answer or several to come."""
         messages: list[Message] = [message.as_message() for message in body.messages]
         if self.system and messages[0]["role"] != "system":
@@ -67,9 +67,9 @@ class Asker:
             raise ApiError(400, str(error), param="messages") from None
         stops = (*self.template.stop_strings(), *body.stops)
         sampling = self._sampling(body, [ids], wanted, self.sampling["max_new_tokens"], stops)
-        return Question(_rows([ids], sampling, body.n or 1), len(ids), not continues, truncated)
+        return GenerationRequest(_rows([ids], sampling, body.n or 1), len(ids), not continues, truncated)
 
-    def completion(self, body: CompletionRequest) -> Question:
+    def completion(self, body: CompletionRequest) -> GenerationRequest:
         """The prompts as they are. An empty text is continued from end-of-text, as a document begins."""
         prompt, eot = body.prompt, [self.tokenizer.eot_id]
         texts_or_ids = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
@@ -81,7 +81,7 @@ class Asker:
         if unknown := [id for ids in prompts for id in ids if id >= size]:
             raise ApiError(400, f"token {unknown[0]} is not in the vocabulary of {size}", param="prompt")
         sampling = self._sampling(body, prompts, body.max_tokens, COMPLETION_TOKENS, body.stops)
-        return Question(_rows(prompts, sampling, body.n or 1), sum(map(len, prompts)), trim=False)
+        return GenerationRequest(_rows(prompts, sampling, body.n or 1), sum(map(len, prompts)), trim=False)
 
     def _sampling(
         self, body: Sampled, prompts: list[list[int]], wanted: int | None, default: int, stops: tuple[str, ...]
@@ -126,7 +126,7 @@ class Answer:
             while iterating, 500 where the worker ends.
     """
 
-    def __init__(self, question: Question, worker: Worker, tokenizer: Tokenizer):
+    def __init__(self, question: GenerationRequest, worker: Worker, tokenizer: Tokenizer):
         if len(question.rows) > worker.capacity:
             raise ApiError(400, f"{len(question.rows)} answers in one request; at most {worker.capacity}", param="n")
         loop = asyncio.get_running_loop()

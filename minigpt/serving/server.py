@@ -8,7 +8,7 @@ import sys
 import uvicorn
 
 from minigpt.serving.app import make_app
-from minigpt.serving.requests import Asker
+from minigpt.serving.requests import RequestBuilder
 from minigpt.serving.worker import Worker
 from minigpt.settings.groups import ServeArguments
 
@@ -28,7 +28,7 @@ class Server(uvicorn.Server):
         OSError: the address cannot be had.
     """
 
-    def __init__(self, asker: Asker, name: str, config: ServeArguments):
+    def __init__(self, builder: RequestBuilder, name: str, config: ServeArguments):
         host, port = config.host, config.port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -36,9 +36,11 @@ class Server(uvicorn.Server):
         except OSError as error:
             raise OSError(f"--host {host} --port {port}: {error.strerror or error} (give another)") from error
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.listening.getsockname()[1]}"
-        self.worker = Worker(asker.model, asker.tokenizer, max_rows=config.max_batch_size, max_queue=config.max_queue)
+        self.worker = Worker(
+            builder.model, builder.tokenizer, max_rows=config.max_batch_size, max_queue=config.max_queue
+        )
         settings = {"lifespan": "off", "ws": "none", "log_level": "warning", "access_log": False}
-        app = make_app(self.worker, asker, name, config.api_key)
+        app = make_app(self.worker, builder, name, config.api_key)
         super().__init__(
             uvicorn.Config(app, server_header=False, timeout_graceful_shutdown=GRACE_S + 5, **settings)  # type: ignore[arg-type]
         )
@@ -49,18 +51,18 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if rows := self.worker.rows:
-            tell(f"ending: {rows} answer{'s' * (rows != 1)} under way may take {GRACE_S} seconds")
+            eprint(f"ending: {rows} answer{'s' * (rows != 1)} under way may take {GRACE_S} seconds")
         cut = asyncio.get_running_loop().call_later(GRACE_S, self._cut)
         await super().shutdown(sockets)
         cut.cancel()
         self.worker.end("the server has ended")
         await asyncio.to_thread(self.worker.join)
-        tell("ended")
+        eprint("ended")
 
     def _cut(self) -> None:
-        tell(f"{self.worker.rows} answers are cut")
+        eprint(f"{self.worker.rows} answers are cut")
         self.worker.end("the server is ending, and the answer is cut")
 
 
-def tell(text: str) -> None:
+def eprint(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -18,15 +18,24 @@ from torch import Tensor, nn
 
 from minigpt.data.collate import Batch, collate
 from minigpt.data.encode import Example
-from minigpt.data.order import deal, epoch_windows, replay_rows
-from minigpt.distributed import all_or_none, is_main, rank, say, sum_over_ranks, world_size
-from minigpt.files import appears, remove
+from minigpt.data.order import epoch_windows, replay_rows, shard
+from minigpt.distributed import all_or_none, is_main, print0, rank, sum_over_ranks, world_size
+from minigpt.files import remove, wait_until_visible
 from minigpt.settings.groups import TrainConfig
 from minigpt.training.engines.torch_engine import Engine
 from minigpt.training.optim import learning_rate
 from minigpt.training.out_of_memory import explain_out_of_memory
 from minigpt.training.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from minigpt.training.run.folder import CONFIG, EXPORT, EXPORT_BEST, LOSS_PICTURE, METRICS, goes_on, leave, start_run
+from minigpt.training.run.folder import (
+    CONFIG,
+    EXPORT,
+    EXPORT_BEST,
+    LOSS_PICTURE,
+    METRICS,
+    is_resume_of,
+    start_run,
+    write_preempted_marker,
+)
 from minigpt.training.run.metrics import Metrics, losses_of
 from minigpt.training.run.preemption import Preempted, Preemption
 from minigpt.training.run.trackers import Reports
@@ -192,7 +201,7 @@ def train(
             if replayed:
                 rows = np.append(rows, n_examples + replay_rows(len(replay_data), replayed, config.seed, step - 1))
             batches = []
-            for places in deal(lengths[rows], config.per_device_train_batch_size, rank(), world_size()):
+            for places in shard(lengths[rows], config.per_device_train_batch_size, rank(), world_size()):
                 micro_batch = [
                     train_data[row] if row < n_examples else replay_data[row - n_examples]
                     for row in rows[places].tolist()
@@ -269,7 +278,7 @@ def train(
                 saved = save_checkpoint(output_dir, step, engine, progress, config.save_total_limit)
                 if preempted:
                     with all_or_none():  # nobody leaves before the file is there: the first to go ends them all
-                        leave(output_dir, saved, preemption.heard)
+                        write_preempted_marker(output_dir, saved, preemption.heard)
                     raise Preempted
 
         # ---- the end
@@ -307,19 +316,19 @@ def _begin(
         _check_order(checkpoint, progress["order"], order)
         metrics_bytes = progress["metrics_bytes"]
         result = TrainResult(**progress["result"])
-        if not goes_on(output_dir, checkpoint) and result.best_step != result.steps:  # it lies in the other folder
+        if not is_resume_of(output_dir, checkpoint) and result.best_step != result.steps:  # it lies in the other folder
             result.best_val_loss = result.best_step = None
         if result.steps > total_steps:
             raise ValueError(f"{checkpoint}: at step {result.steps:,} already, behind the {total_steps:,} of this run")
-        say(f"{checkpoint}: going on after step {result.steps:,} of {total_steps:,}")
+        print0(f"{checkpoint}: going on after step {result.steps:,} of {total_steps:,}")
         for name, value in _recipe(config).items():
             if progress["recipe"][name] != value:
-                say(f"{checkpoint}: --{name} {progress['recipe'][name]} then, {value} now")
+                print0(f"{checkpoint}: --{name} {progress['recipe'][name]} then, {value} now")
     with all_or_none():
         if is_main():
             start_run(config, output_dir, checkpoint, metrics_bytes)
     with all_or_none():
-        if not appears(output_dir / CONFIG):
+        if not wait_until_visible(output_dir / CONFIG):
             raise FileNotFoundError(f"{output_dir}: rank 0 wrote into it, and rank {rank()} does not see it: {SHARED}")
     return result, losses_of(output_dir / METRICS)
 
@@ -332,7 +341,7 @@ def evaluate(engine: Engine, data: Sequence[Example], batch_size: int) -> float:
     """
     engine.module.eval()
     nll, n_tokens = 0.0, 0.0
-    for rows in deal(_lengths(data), batch_size, rank(), world_size()):
+    for rows in shard(_lengths(data), batch_size, rank(), world_size()):
         nll_sum, n = engine(collate([data[int(row)] for row in rows], PAD) if len(rows) else FILLER)
         nll, n_tokens = nll + nll_sum.item(), n_tokens + int(n)
     engine.module.train()

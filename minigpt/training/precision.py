@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minigpt.distributed import all_or_none, is_main, say, start_process_group, sum_over_ranks, world_size
+from minigpt.distributed import all_or_none, is_main, print0, start_process_group, sum_over_ranks, world_size
 from minigpt.files import read_json
 from minigpt.hardware import bf16_seconds_ratio, bf16_warning, threads_warning
 from minigpt.settings.groups import TrainConfig
@@ -28,10 +28,10 @@ def fit_to_machine(config: TrainConfig, device: str, checkpoint: Path | None = N
         DeepSpeedFile(config).replace_auto_precision()
     computes_here = config.plan is None
     if computes_here and is_main() and (warning := threads_warning(device)):
-        say(warning)
+        print0(warning)
     if config.precision != "auto":
         if computes_here and config.bf16 and is_main() and (warning := bf16_warning(device)):
-            say(f"{warning}; --precision auto computes in the faster one")
+            print0(f"{warning}; --precision auto computes in the faster one")
         return
     if world_size() > 1:
         start_process_group(device.partition(":")[0])
@@ -46,7 +46,7 @@ def fit_to_machine(config: TrainConfig, device: str, checkpoint: Path | None = N
                 ratio = bf16_seconds_ratio(device)
                 precision = "bf16" if ratio <= 1 else "fp32"
                 reason = f"a product takes {ratio:.3g} times as long in bf16 as in fp32 here"
-            say(f"precision: {precision}, {reason}")
+            print0(f"precision: {precision}, {reason}")
     bf16, fp16 = sum_over_ranks(precision == "bf16", precision == "fp16")
     config.bf16, config.fp16, config.precision = bool(bf16), bool(fp16), None
 

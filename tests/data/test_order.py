@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minigpt.data import order as module
-from minigpt.data.order import deal, epoch_windows, replay_rows
+from minigpt.data.order import epoch_windows, replay_rows, shard
 
 
 def lists(windows) -> list[list[int]]:
@@ -80,13 +80,13 @@ def test_a_dealt_window_is_whole_and_sorted():
     draw = np.random.default_rng(0)
     for size, micro_batch_size in [(1, 1), (7, 2), (8, 2), (8, 3), (5, 8), (64, 16)]:
         lengths = draw.integers(1, 50, size)
-        dealt = deal(lengths, micro_batch_size)
+        dealt = shard(lengths, micro_batch_size)
         places = np.concatenate(dealt)
         assert sorted(places) == list(range(size))
         assert (np.diff(lengths[places]) >= 0).all()
         assert [len(batch) for batch in dealt[:-1]] == [micro_batch_size] * (len(dealt) - 1)
         assert 1 <= len(dealt[-1]) <= micro_batch_size
-    assert lists(deal([5, 5, 1, 5], 2)) == [[2, 0], [1, 3]]  # equal lengths stay in order
+    assert lists(shard([5, 5, 1, 5], 2)) == [[2, 0], [1, 3]]  # equal lengths stay in order
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
@@ -95,17 +95,17 @@ def test_ranks_get_equally_many_micro_batches_and_together_the_window(world_size
     draw = np.random.default_rng(0)
     for size in range(1, 20):
         lengths = draw.integers(1, 50, size)
-        ranks = [deal(lengths, micro_batch_size, rank, world_size) for rank in range(world_size)]
+        ranks = [shard(lengths, micro_batch_size, rank, world_size) for rank in range(world_size)]
         turns = [lists(turn) for turn in zip(*ranks, strict=True)]  # strict: every rank makes the same number of turns
         dealt = [places for turn in turns for places in turn]
         full = [places for places in dealt if places]
-        assert full == lists(deal(lengths, micro_batch_size))  # the same micro-batches as one rank's, in turns
+        assert full == lists(shard(lengths, micro_batch_size))  # the same micro-batches as one rank's, in turns
         assert all(places == [] for places in dealt[len(full) :])  # only the last turn falls short
         assert len(dealt) - len(full) < world_size
 
 
 def test_an_empty_window_is_nothing_for_anybody():
-    assert [deal([], 2, rank, 3) for rank in range(3)] == [[], [], []]
+    assert [shard([], 2, rank, 3) for rank in range(3)] == [[], [], []]
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 3), (10, 10), (3, 10), (1, 4), (7, 1)])

@@ -15,7 +15,7 @@ from minigpt.data import store as module
 from minigpt.data.encode import Example, encode_example
 from minigpt.data.prompts import get_template
 from minigpt.data.read.records import read_records
-from minigpt.data.store import Blocks, Subset, build_store, build_text_store, split
+from minigpt.data.store import Subset, TokenBlocks, build_store, build_text_store, split
 from minigpt.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.tiny()
@@ -310,7 +310,7 @@ def naive_blocks(ids: list[int], block_size: int, stride: int) -> list[list[int]
 def test_blocks(length):
     for block_size in (1, 2, 4, 5, 12):
         for stride in range(1, block_size + 1):
-            blocks = Blocks(stream_of(length), block_size, stride)
+            blocks = TokenBlocks(stream_of(length), block_size, stride)
             expected = naive_blocks(list(range(length)), block_size, stride)
             assert plain(blocks) == [(ids, [True] * len(ids)) for ids in expected]
             assert len(blocks) == len(expected)
@@ -319,32 +319,34 @@ def test_blocks(length):
             assert set(targets) == set(range(1, length))  # every token but the first is predicted
             if stride == block_size:
                 assert set(targets.values()) <= {1}
-        assert plain(Blocks(stream_of(length), block_size)) == plain(Blocks(stream_of(length), block_size, block_size))
+        assert plain(TokenBlocks(stream_of(length), block_size)) == plain(
+            TokenBlocks(stream_of(length), block_size, block_size)
+        )
 
 
 def test_the_last_block_is_short_and_the_one_before_shares_a_token():
-    blocks = Blocks(stream_of(10), 4)
+    blocks = TokenBlocks(stream_of(10), 4)
     assert plain(blocks) == [([0, 1, 2, 3, 4], [True] * 5), ([4, 5, 6, 7, 8], [True] * 5), ([8, 9], [True] * 2)]
     assert all(before.ids[-1] == after.ids[0] for before, after in pairwise(blocks))
-    overlapping = Blocks(stream_of(10), 4, stride=2)
+    overlapping = TokenBlocks(stream_of(10), 4, stride=2)
     expected = [[0, 1, 2, 3, 4], [2, 3, 4, 5, 6], [4, 5, 6, 7, 8], [6, 7, 8, 9]]
     assert [block.ids.tolist() for block in overlapping] == expected
 
 
 def test_blocks_of_a_stretch():
     store = stream_of(20)
-    assert [block.ids.tolist() for block in Blocks(store, 4, start=14)] == [[14, 15, 16, 17, 18], [18, 19]]
-    assert [block.ids.tolist() for block in Blocks(store, 4, stop=6)] == [[0, 1, 2, 3, 4], [4, 5]]
-    assert [block.ids.tolist() for block in Blocks(store, 4, start=3, stop=8)] == [[3, 4, 5, 6, 7]]
-    assert len(Blocks(store, 4, start=20)) == len(Blocks(store, 4, start=19)) == 0
+    assert [block.ids.tolist() for block in TokenBlocks(store, 4, start=14)] == [[14, 15, 16, 17, 18], [18, 19]]
+    assert [block.ids.tolist() for block in TokenBlocks(store, 4, stop=6)] == [[0, 1, 2, 3, 4], [4, 5]]
+    assert [block.ids.tolist() for block in TokenBlocks(store, 4, start=3, stop=8)] == [[3, 4, 5, 6, 7]]
+    assert len(TokenBlocks(store, 4, start=20)) == len(TokenBlocks(store, 4, start=19)) == 0
     with pytest.raises(IndexError):
-        Blocks(store, 4)[5]
+        TokenBlocks(store, 4)[5]
 
 
 @pytest.mark.parametrize("stride", [0, -1, 5])
 def test_a_stride_that_skips_or_stands_still_is_refused(stride):
     with pytest.raises(ValueError, match=f"^--stride {stride} must lie between 1 and --block_size 4"):
-        Blocks(stream_of(9), 4, stride)
+        TokenBlocks(stream_of(9), 4, stride)
 
 
 def fake_store(size: int) -> list[Example]:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from minigpt.data.store import Blocks, build_store, build_text_store
+from minigpt.data.store import TokenBlocks, build_store, build_text_store
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import rank
 from minigpt.evaluation.predict import show_answers, show_text
@@ -43,7 +43,7 @@ def test_show_answers(learnt, tokenizer, tmp_path, capsys):
 
 def test_show_text(learnt, tokenizer, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("The capital of France is Paris. " * 5)
-    data = Blocks(build_text_store([str(tmp_path / "a.txt")], tokenizer, cache_dir=tmp_path), 32)
+    data = TokenBlocks(build_text_store([str(tmp_path / "a.txt")], tokenizer, cache_dir=tmp_path), 32)
     for length, seed in ((8, 1), (8, 1), (8, 2)):
         show_text(learnt, tokenizer, data, length, seed)
     first, again, other = capsys.readouterr().out.splitlines()

@@ -52,7 +52,7 @@ class Pty:
     def send(self, keys: str) -> None:
         os.write(self.fd, keys.encode())
 
-    def say(self, line: str) -> str:
+    def print0(self, line: str) -> str:
         """What is shown for a line, up to the next prompt."""
         self.send(line + "\r")
         self.until(re.escape(line) + "\n")

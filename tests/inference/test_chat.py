@@ -25,10 +25,10 @@ def encode(tokenizer, template, messages):
 
 
 @pytest.fixture
-def say(speaker, tokenizer):
+def print0(speaker, tokenizer):
     """The pieces that are shown, and what is remembered, when a model says a text."""
 
-    def say(text, template=ALPACA, max_new_tokens=150):
+    def print0(text, template=ALPACA, max_new_tokens=150):
         prompt = encode(tokenizer, template, [QUESTION])
         model = speaker(tokenizer.encode(text), prompt_length=len(prompt))
         chat = Chat(model, tokenizer, template, max_new_tokens=max_new_tokens)
@@ -38,53 +38,53 @@ def say(speaker, tokenizer):
         assert all(pieces)
         return pieces
 
-    return say
+    return print0
 
 
 # ---- what is shown
 
 
-def test_an_answer_comes_in_pieces_and_is_remembered(say):
-    pieces = say("The capital of France is Paris.")
+def test_an_answer_comes_in_pieces_and_is_remembered(print0):
+    pieces = print0("The capital of France is Paris.")
     assert "".join(pieces) == "The capital of France is Paris."
     assert len(pieces) > 4
 
 
-def test_blanks_around_an_answer_are_not_shown(say):
-    assert "".join(say("  \n The capital  is\n\n Paris. \n\n  ")) == "The capital  is\n\n Paris."
+def test_blanks_around_an_answer_are_not_shown(print0):
+    assert "".join(print0("  \n The capital  is\n\n Paris. \n\n  ")) == "The capital  is\n\n Paris."
 
 
 @pytest.mark.parametrize(
     "template", [ALPACA, HUGCHAT, get_template("io", instruction="Request")], ids=["alpaca", "hugchat", "io"]
 )
-def test_a_stop_string_is_not_shown_even_in_part(say, template):
+def test_a_stop_string_is_not_shown_even_in_part(print0, template):
     [stop] = template.stop_strings()
     for text in (f"Paris. \n\n{stop} Another", f"Paris.{stop}", f"Paris.\n\n{stop[:3]}{stop}"):
-        assert "".join(say(text, template)) == template.read_answer(text)
-    assert "".join(say(f"{stop} Paris", template)) == ""
+        assert "".join(print0(text, template)) == template.read_answer(text)
+    assert "".join(print0(f"{stop} Paris", template)) == ""
 
 
 @pytest.mark.parametrize("stop", [ALPACA.stop_strings()[0], HUGCHAT.stop_strings()[0]])
-def test_what_only_begins_like_a_stop_string_is_shown(say, stop):
+def test_what_only_begins_like_a_stop_string_is_shown(print0, stop):
     template = ALPACA if stop in ALPACA.stop_strings() else HUGCHAT
     for size in range(1, len(stop)):
         for text in (f"Paris, {stop[:size]}-x {stop[:size]}", f"a{stop[:size]}{stop[:size]}b"):
-            assert "".join(say(text, template)) == text.strip()
+            assert "".join(print0(text, template)) == text.strip()
 
 
-def test_no_character_comes_in_halves(say):
+def test_no_character_comes_in_halves(print0):
     """Token-wise decoding shows U+FFFD for each part of a character that takes several tokens."""
     characters = [*"日本語中文한국어", "😀", "👩‍👩‍👧", "🇫🇷", "e\u0301", "ß", "a", " ", "\n"]
     for seed in range(60):
         text = "".join(random.Random(seed).choices(characters, k=20)).strip()
-        pieces = say(text)
+        pieces = print0(text)
         assert "".join(pieces) == text
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_half_a_character_at_the_end_is_not_shown(say, tokenizer):
+def test_half_a_character_at_the_end_is_not_shown(print0, tokenizer):
     assert len(tokenizer.encode("Paris 日")) > 3
-    assert "".join(say("Paris 日", max_new_tokens=len(tokenizer.encode("Paris 日")) - 1)) == "Paris"
+    assert "".join(print0("Paris 日", max_new_tokens=len(tokenizer.encode("Paris 日")) - 1)) == "Paris"
 
 
 def test_a_blank_line_ends_an_answer_where_that_is_asked_for(speaker, tokenizer, tmp_path):
@@ -117,8 +117,8 @@ def test_without_a_template_one_text_grows(asked, tokenizer):
     assert tokenizer.decode(prompts[-1]).endswith("\nAnother\nwith an input")
 
 
-def test_a_blank_before_a_continuation_is_part_of_it(say):
-    assert say(" there was", get_template("none"))[0].startswith(" ")
+def test_a_blank_before_a_continuation_is_part_of_it(print0):
+    assert print0(" there was", get_template("none"))[0].startswith(" ")
 
 
 def test_the_worked_example_of_as_one_text():
@@ -129,7 +129,7 @@ def test_the_worked_example_of_as_one_text():
 # ---- what is remembered
 
 
-def test_breaking_off_in_the_middle_keeps_the_conversation_whole(say, speaker, tokenizer):
+def test_breaking_off_in_the_middle_keeps_the_conversation_whole(print0, speaker, tokenizer):
     prompt = encode(tokenizer, ALPACA, [QUESTION])
     model = speaker(tokenizer.encode("The capital of France is Paris."), prompt_length=len(prompt))
     chat = Chat(model, tokenizer, ALPACA, max_new_tokens=50)
@@ -217,7 +217,7 @@ def test_undo_clear_and_another_system_text(asked, tokenizer):
     assert (chat.messages, chat.system) == ([], None)
 
 
-def test_what_is_counted(say, speaker, tokenizer):
+def test_what_is_counted(print0, speaker, tokenizer):
     prompt = encode(tokenizer, ALPACA, [QUESTION])
     ids = tokenizer.encode("The capital of France is Paris.")
     chat = Chat(speaker(ids, prompt_length=len(prompt)), tokenizer, ALPACA, max_new_tokens=50)

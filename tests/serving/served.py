@@ -13,7 +13,7 @@ import torch
 from minigpt.data.prompts import get_template
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.model.gpt2 import GPT, GPTConfig
-from minigpt.serving.requests import Asker
+from minigpt.serving.requests import RequestBuilder
 from minigpt.serving.server import Server
 from minigpt.settings.groups import SamplingArguments, ServeArguments
 
@@ -38,8 +38,8 @@ def make_model(context: int = 256, step_s: float = 0.0) -> GPT:
 def serving(model: GPT, template: str = "alpaca", **settings) -> Iterator[Server]:
     """A server while the block runs; then it is asked to end, and has ended."""
     sampling = asdict(SamplingArguments(max_new_tokens=20))
-    asker = Asker(model, Tokenizer.tiny(), get_template(template), sampling)
-    server = Server(asker, NAME, ServeArguments(serve=True, **{"port": 0, "max_batch_size": 4, **settings}))
+    builder = RequestBuilder(model, Tokenizer.tiny(), get_template(template), sampling)
+    server = Server(builder, NAME, ServeArguments(serve=True, **{"port": 0, "max_batch_size": 4, **settings}))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from minigpt.data.read.records import Conversation, read_records
 from minigpt.data.read.streams import find_data_files, read_values
-from minigpt.distributed import say
+from minigpt.distributed import print0
 from minigpt.files import whole_file, writing_to
 from minigpt.settings.groups import check_range
 
@@ -146,11 +146,11 @@ def write_results(
             with whole_file(file) as temporary:
                 # Half of a surrogate pair, which JSON can write and UTF-8 cannot, becomes JSON's \ud83d again.
                 temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-    say(f"{kept_file}: {len(kept):,} of {len(entries):,} records kept; why not the others: {dropped_file}")
+    print0(f"{kept_file}: {len(kept):,} of {len(entries):,} records kept; why not the others: {dropped_file}")
     for name in reasons:
         places = [entries[drop.place].source for drop in drops if drop.reason == name]
         examples = ", ".join(places[:SHOWN]) + (", ..." if len(places) > SHOWN else "")
-        say(f"  {name:16} {len(places):8,}  {examples}".rstrip())
+        print0(f"  {name:16} {len(places):8,}  {examples}".rstrip())
     return Curated(len(kept), len(dropped), dict(Counter(drop.reason for drop in drops)))
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt.data.order import deal
+from minigpt.data.order import shard
 from minigpt.distributed import pick_device, progress_bar
-from minigpt.files import find_file, hub_is_reachable
+from minigpt.files import hub_is_reachable, resolve_file
 
 ROWS = 256  # compared at once: 100 MB of cosines with 100,000 vectors
 
@@ -39,7 +39,7 @@ class Embedder:
             ValueError: sentence-transformers is not installed, or cannot read the model.
             FileNotFoundError: no such folder or repository, or no model in it.
         """
-        if not any(find_file(name_or_folder, name) for name in ("modules.json", "config.json")):
+        if not any(resolve_file(name_or_folder, name) for name in ("modules.json", "config.json")):
             raise FileNotFoundError(f"{name_or_folder}: neither modules.json nor config.json, so this is not a model")
         try:
             from sentence_transformers import SentenceTransformer
@@ -66,7 +66,7 @@ class Embedder:
         """A text beyond the model's own length is read up to there."""
         vectors: dict[int, np.ndarray] = {}
         with progress_bar(len(texts), "text", "embedding") as bar:
-            for places in deal([len(text) for text in texts], self.batch_size):
+            for places in shard([len(text) for text in texts], self.batch_size):
                 found = self.model.encode(
                     [texts[place] for place in places],
                     batch_size=self.batch_size,

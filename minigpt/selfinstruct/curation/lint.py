@@ -7,7 +7,7 @@ import re
 
 from minigpt.data.read.records import read_records
 from minigpt.data.read.streams import Paths
-from minigpt.distributed import progress_bar, say
+from minigpt.distributed import print0, progress_bar
 from minigpt.selfinstruct.curation.curate import Curated, Drop, make_entry, read_entries, write_results
 from minigpt.selfinstruct.novelty import NoveltyFilter, unicode_words
 
@@ -61,7 +61,7 @@ def lint(path: str, *, eval_data: Paths = (), threshold: float = 0.7, output_dir
     curated = write_results(base, "lint", entries, drops, CHECKS)
     by_length = sorted(entries, key=lambda entry: len(entry.output))
     for name, entry in ("shortest", by_length[0]), ("longest", by_length[-1]):
-        say(f"  {name} output {len(entry.output):8,} characters: {entry.source}")
+        print0(f"  {name} output {len(entry.output):8,} characters: {entry.source}")
     return curated
 
 

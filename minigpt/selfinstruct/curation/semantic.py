@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt.data.order import deal
-from minigpt.distributed import progress_bar, say
+from minigpt.data.order import shard
+from minigpt.distributed import print0, progress_bar
 from minigpt.files import writing_to
 from minigpt.selfinstruct.curation.curate import Curated, Drop, Entry, as_line, read_entries, write_results
 from minigpt.selfinstruct.curation.embed import nearest_kept
@@ -106,7 +106,7 @@ def consistent(
         elif not scores[place] >= threshold:
             drops.append(Drop(place, "inconsistent", answered[place], score=float(scores[place])))
     curated = write_results(base, "consistent", entries, drops, ("inconsistent", "no_answer", "too_long"))
-    say("  kept at a threshold of " + ", ".join(f"{t}: {int((cosines >= t).sum()):,}" for t in (0.3, 0.5, 0.7, 0.9)))
+    print0("  kept at a threshold of " + ", ".join(f"{t}: {int((cosines >= t).sum()):,}" for t in (0.3, 0.5, 0.7, 0.9)))
     return curated
 
 
@@ -151,11 +151,11 @@ def _ask(
     Batches are dealt before it is known what is there, so that a run that was killed goes on with the same ones.
     """
     file = base.with_name(f"{base.name}.regenerated.jsonl")
-    asker = f"{model}, {how.settings.max_length} tokens"
-    keys = {prompt: hashlib.sha256(f"{asker}\n{prompt}".encode()).hexdigest() for prompt in prompts}
+    asked_with = f"{model}, {how.settings.max_length} tokens"
+    keys = {prompt: hashlib.sha256(f"{asked_with}\n{prompt}".encode()).hexdigest() for prompt in prompts}
     known = _read_answers(file)
     if done := sum(key in known for key in keys.values()):
-        say(f"{file}: {done:,} of {len(keys):,} answers are there already (delete the file to ask anew)")
+        print0(f"{file}: {done:,} of {len(keys):,} answers are there already (delete the file to ask anew)")
     asked = list(prompts)
 
     def keep(batch: list[Prompt], place: int, completions: list[Completion]) -> None:
@@ -169,7 +169,7 @@ def _ask(
     base.parent.mkdir(parents=True, exist_ok=True)
     bar = progress_bar(len(asked), "task", "asking back")
     with writing_to(base.parent, "--output_dir"), file.open("a", encoding="utf-8") as out, bar:
-        for places in deal([generator.count(prompt) for prompt in asked], how.settings.request_batch_size):
+        for places in shard([generator.count(prompt) for prompt in asked], how.settings.request_batch_size):
             batch = [Prompt(asked[place], seed) for place in places if keys[asked[place]] not in known]
             found = generator.complete(batch, how, partial(keep, batch)) if batch else []
             for place, completions in enumerate(found):

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 from string import Template
 
-from minigpt.distributed import say
+from minigpt.distributed import print0
 from minigpt.files import whole_file, writing_to
 from minigpt.selfinstruct.filters import Filters
 from minigpt.selfinstruct.report.figures import Histogram, Ring, draw_pictures, svg_bars, svg_histogram, svg_sunburst
@@ -70,7 +70,7 @@ def write_report(folder: Path, filters: Filters) -> Path:
         with whole_file(folder / REPORT) as path:
             path.write_bytes(page)
         if not draw_pictures(folder / PICTURES, rings(run), lengths(run), similarity(run), ends(run)):
-            say(f"{'pictures':16} none: they need matplotlib (pip install -c constraints.txt -e '.[plot]')")
+            print0(f"{'pictures':16} none: they need matplotlib (pip install -c constraints.txt -e '.[plot]')")
     return folder / REPORT
 
 

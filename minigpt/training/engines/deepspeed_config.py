@@ -9,7 +9,7 @@ import json
 import math
 from typing import Any
 
-from minigpt.distributed import say
+from minigpt.distributed import print0
 from minigpt.settings.groups import TrainConfig
 from minigpt.training.engines.deepspeed_file import ZERO1_FP16, DeepSpeedFile
 
@@ -109,7 +109,7 @@ def deepspeed_config(config: TrainConfig, hidden_size: int, world_size: int, dev
         }
     _zero(file, hidden_size, device)
     if any((file.get("activation_checkpointing") or {}).values()) and not config.gradient_checkpointing:
-        say(f"{file.name}: activation_checkpointing does nothing for this model; --gradient_checkpointing does")
+        print0(f"{file.name}: activation_checkpointing does nothing for this model; --gradient_checkpointing does")
     return _without_auto(content)
 
 
@@ -253,7 +253,7 @@ def _zero(file: DeepSpeedFile, hidden_size: int, device: str) -> None:
         raise file.error(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {stage}")
     if stage == 0 and (config.fp16 or config.bf16):
         stage = 1
-        say(f"{file.name}: ZeRO stage 1 instead of 0, where DeepSpeed scales half-precision gradients wrongly")
+        print0(f"{file.name}: ZeRO stage 1 instead of 0, where DeepSpeed scales half-precision gradients wrongly")
     overlap = zero.get("overlap_comm", "auto")
     if overlap == "auto":
         overlap = stage == 3

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from minigpt.data.collate import Batch
-from minigpt.distributed import all_or_none, fails_alone, is_main, rank, say, start_process_group, world_size
+from minigpt.distributed import all_or_none, fails_alone, is_main, print0, rank, start_process_group, world_size
 from minigpt.model.gpt2 import GPT
 from minigpt.settings.groups import TrainConfig
 from minigpt.training.engines.deepspeed_config import deepspeed_config
@@ -68,7 +68,7 @@ class DeepSpeedEngine:
                 self._set_weight(parameter, value.to(self.device))
         if self.dtype == "fp16":  # the loop ends the run, and says why
             self.optimizer.loss_scaler.raise_error_at_min_scale = False
-        say(f"DeepSpeed: ZeRO stage {self.stage}, {self.dtype}, {world_size()} ranks")
+        print0(f"DeepSpeed: ZeRO stage {self.stage}, {self.dtype}, {world_size()} ranks")
 
     # ---- the step
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from minigpt.distributed import say
+from minigpt.distributed import print0
 from minigpt.files import read_json
 from minigpt.settings.command_line import is_given
 from minigpt.settings.groups import TrainConfig
@@ -100,7 +100,7 @@ class DeepSpeedFile:
         """Makes `--precision auto` unset if the file states a precision, which `agree` then takes from it."""
         config = self.config
         if config.precision == "auto" and (self.get("fp16.enabled") or self.get("bf16.enabled") is not None):
-            say(f"{self.name}: sets the precision, which --precision auto leaves open")
+            print0(f"{self.name}: sets the precision, which --precision auto leaves open")
             config.precision = None
             vars(config).get("_given", set()).discard("precision")
 
@@ -137,7 +137,7 @@ class DeepSpeedFile:
             except ValueError as error:
                 raise self.error(f"{stated}: {error}") from None
             default = ("on" if current else "off") if isinstance(current, bool) else current
-            say(f"{self.name}: {stated} ({_flag(name, value)} instead of the default {default})")
+            print0(f"{self.name}: {stated} ({_flag(name, value)} instead of the default {default})")
         self.agreed[name] = stated
 
 

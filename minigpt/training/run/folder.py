@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from minigpt.distributed import is_main, say
-from minigpt.files import claim, remove, whole_file, writing_to
+from minigpt.distributed import is_main, print0
+from minigpt.files import lock_folder, remove, whole_file, writing_to
 from minigpt.settings.command_line import save_yaml
 from minigpt.settings.groups import TrainConfig
 from minigpt.training.run.checkpoint import CHECKPOINTS, find_checkpoint, keep_newest, remove_unfinished
@@ -44,9 +44,9 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
         yield folder
         return
     with writing_to(folder, "--output_dir"), _lock_file(folder) as lock:
-        claim(folder, lock, OTHER)
+        lock_folder(folder, lock, OTHER)
         remove(folder / PREEMPTED)  # an earlier start's: whoever looks shall see this one's
-        if not goes_on(folder, find_checkpoint(folder, config.resume)):  # refused now, not after the data was read
+        if not is_resume_of(folder, find_checkpoint(folder, config.resume)):  # refused now, not after the data was read
             _held(folder, config)
         try:
             yield folder
@@ -74,10 +74,10 @@ def start_run(config: TrainConfig, folder: Path, resumed_from: Path | None = Non
         FileExistsError: the folder holds a run, and `overwrite_output_dir` is not set, or this run reads from that one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not goes_on(folder, resumed_from):
+    if not is_resume_of(folder, resumed_from):
         held = _held(folder, config)
         if METRICS in held and config.resume:
-            say(f"{folder}: holds a run that ended before its first checkpoint; starting anew in its place")
+            print0(f"{folder}: holds a run that ended before its first checkpoint; starting anew in its place")
         for name in held:
             remove(folder / name)
     elif config.save_total_limit:
@@ -93,16 +93,16 @@ def start_run(config: TrainConfig, folder: Path, resumed_from: Path | None = Non
     save_yaml(replace(config, resume=None, overwrite_output_dir=False), folder / CONFIG)
 
 
-def leave(folder: Path, checkpoint: Path, signal: str | None) -> None:
+def write_preempted_marker(folder: Path, checkpoint: Path, signal: str | None) -> None:
     """Tells whoever looks at the folder, because torchrun turns every exit code into 1."""
-    say(f"{checkpoint}: saved; --resume auto goes on from it")
+    print0(f"{checkpoint}: saved; --resume auto goes on from it")
     if is_main():
         content = {"checkpoint": str(checkpoint), "signal": signal or "on another rank", "exit_code": EXIT_CODE}
         with whole_file(folder / PREEMPTED) as path:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def goes_on(folder: Path, checkpoint: Path | None) -> bool:
+def is_resume_of(folder: Path, checkpoint: Path | None) -> bool:
     """Whether the checkpoint is one of this folder's own run."""
     return checkpoint is not None and checkpoint.resolve().parent.parent == folder.resolve()
 

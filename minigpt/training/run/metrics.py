@@ -10,7 +10,7 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
-from minigpt.distributed import clock, is_main, progress_bar, say
+from minigpt.distributed import clock, is_main, print0, progress_bar
 from minigpt.training.run.folder import LOSS_PICTURE, METRICS
 from minigpt.training.run.trackers import Reports, numbers_of
 
@@ -59,7 +59,7 @@ class Metrics:
     def evaluated(self, val_loss: float) -> None:
         """Prints the evaluation before the first step."""
         self.bar.clear()
-        say(f"step 0/{self.total_steps:,}  val_loss {val_loss:.4f}")
+        print0(f"step 0/{self.total_steps:,}  val_loss {val_loss:.4f}")
         if self.reports is not None:
             self.reports.log(0, numbers_of({"val_loss": val_loss}))
         self.eval_seconds, self.mark = time.perf_counter() - self.mark, time.perf_counter()
@@ -96,7 +96,7 @@ class Metrics:
             self.bar.clear()
             scale = f"  scale {line['loss_scale']:g}" if "loss_scale" in line else ""
             skipped = "  skipped" if line.get("skipped") else ""
-            say(f"step {step:,}/{self.total_steps:,}  {text}{scale}{skipped}{evaluated}  {speed}")
+            print0(f"step {step:,}/{self.total_steps:,}  {text}{scale}{skipped}{evaluated}  {speed}")
         if evaluated and self.folder is not None and time.perf_counter() - self.drawn >= PICTURE_SECONDS:
             draw_losses(self.folder / METRICS, self.folder / LOSS_PICTURE)
             self.drawn = time.perf_counter()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from minigpt.distributed import is_main, say
+from minigpt.distributed import is_main, print0
 from minigpt.files import remove
 from minigpt.settings.groups import TrainConfig
 
@@ -104,9 +104,9 @@ class Reports:
                 self._trackers[name] = _TRACKERS[name](config, folder, first_step)
             except ModuleNotFoundError as error:
                 fix = f"pip install -c constraints.txt -e '.[{name}]'"
-                say(f"--report_to {name}: {error.name} is not installed ({fix}); left out")
+                print0(f"--report_to {name}: {error.name} is not installed ({fix}); left out")
             except Exception as error:
-                say(f"--report_to {name}: {_in_one_line(error)}; left out")
+                print0(f"--report_to {name}: {_in_one_line(error)}; left out")
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self._each(lambda tracker: tracker.log(step, numbers))
@@ -122,7 +122,7 @@ class Reports:
             try:
                 call(tracker)
             except Exception as error:  # a full disk, a lost connection, anything: the run is worth more
-                say(f"--report_to {name}: {_in_one_line(error)}; left out from here on")
+                print0(f"--report_to {name}: {_in_one_line(error)}; left out from here on")
                 del self._trackers[name]
 
 

@@ -12,7 +12,7 @@ from torch import distributed
 from torch.nn import functional as F
 
 from minigpt import GPT, Example, TrainConfig, collate, make_engine, train
-from minigpt.data.order import deal
+from minigpt.data.order import shard
 from minigpt.distributed import is_main, rank, sum_over_ranks, world_size
 from minigpt.training.loop import FILLER, PAD, evaluate
 from minigpt.training.optim import parameter_groups
@@ -54,7 +54,7 @@ def step(engine, data=DATA, micro_batch_size=2, lr=1e-3, factor=1.0):
     """One step on a window, as the loop makes it: `(loss, StepInfo)`. `factor` makes rank 0's gradients wrong."""
     batches = [
         collate([data[i] for i in places], PAD) if len(places) else FILLER
-        for places in deal([len(example) for example in data], micro_batch_size, rank(), world_size())
+        for places in shard([len(example) for example in data], micro_batch_size, rank(), world_size())
     ]
     count = sum_over_ranks(sum(int((batch.targets != -100).sum()) for batch in batches))[0]
     nll = 0.0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from minigpt.data.store import Blocks, build_text_store
+from minigpt.data.store import TokenBlocks, build_text_store
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import rank
 from minigpt.model.gpt2 import GPT, GPTConfig
@@ -159,7 +159,7 @@ def test_a_run_resumes_though_its_store_is_built_anew(damage, tmp_path, capfd):
         config = TrainConfig(output_dir=str(tmp_path / "run"), max_steps=4, save_steps=2, resume=resume)
         torch.manual_seed(0 if resume is None else 1)
         engine = make_engine(GPT(GPTConfig(Tokenizer.tiny().vocab_size, **small_shape)), config)
-        assert train(config, engine, Blocks(store, 16)).steps == 4
+        assert train(config, engine, TokenBlocks(store, 16)).steps == 4
         return store.folder, (tmp_path / "run" / "checkpoints" / "step-4" / "model.safetensors").read_bytes()
 
     folder, expected = run(None)
