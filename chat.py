@@ -65,13 +65,13 @@ def main(config: ChatConfig) -> None:
     from minigpt.data.tokenizer import Tokenizer
     from minigpt.inference.chat import Chat
     from minigpt.inference.packed import load_for_generation, use_huge_pages
-    from minigpt.model.gpt2 import GPT
+    from minigpt.model.base import CausalLM
 
     gc.freeze()
     gc.enable()
     use_huge_pages()
 
-    def load(name: str, revision: str | None = None) -> tuple[GPT, Tokenizer, Template]:
+    def load(name: str, revision: str | None = None) -> tuple[CausalLM, Tokenizer, Template]:
         model, tokenizer = load_for_generation(
             name,
             revision,

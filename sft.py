@@ -67,7 +67,7 @@ def main(config: SFTConfig) -> None:
     from minigpt.evaluation.judge import Judge
     from minigpt.evaluation.predict import predict_file, show_answers
     from minigpt.inference.packed import lighten
-    from minigpt.model.gpt2 import GPT, GPTConfig
+    from minigpt.model.families import load_config, load_model
     from minigpt.training.engines.torch_engine import check_engine, make_engine
     from minigpt.training.loop import evaluate, perplexity, train
     from minigpt.training.out_of_memory import explain_out_of_memory
@@ -80,13 +80,13 @@ def main(config: SFTConfig) -> None:
     revision, device = config.revision, pick_device(config.device)
     tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, None if config.tokenizer_name else revision)
     changes = {**config.config_changes, "bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
-    model_config = GPTConfig.from_pretrained(name, revision, **changes)
+    model_config = load_config(name, revision, **changes)
     model_config.check_vocabulary(tokenizer.vocab_size)
     to_tune = not (config.predict or config.eval_only)
     template = get_template(config.template or template_of(name, revision, to_tune=to_tune), **config.triggers)
-    max_seq_length = config.max_seq_length or model_config.n_positions
+    max_seq_length = config.max_seq_length or model_config.context
     model_config.check_length("--max_seq_length", max_seq_length)
-    max_new_tokens = min(config.max_new_tokens, model_config.n_positions // 2)
+    max_new_tokens = min(config.max_new_tokens, model_config.context // 2)
 
     # ---- without training: answers, a look at the data, or the loss on it
     if config.predict:
@@ -99,7 +99,7 @@ def main(config: SFTConfig) -> None:
             predict_file(
                 config.predict,
                 Path(config.output_dir or "runs/sft"),
-                lighten(GPT.from_pretrained(name, revision, device=device), lighter),
+                lighten(load_model(name, revision, device=device), lighter),
                 tokenizer,
                 template,
                 name=(f"{name}@{revision}" if revision else name) + (f" in {lighter}" if lighter else ""),
@@ -120,7 +120,7 @@ def main(config: SFTConfig) -> None:
     if config.eval_only:
         data = read_conversations(config, config.data, encoding)
         fit_to_machine(config, device)
-        with closing(make_engine(GPT.from_pretrained(name, revision, device=device), config)) as engine:
+        with closing(make_engine(load_model(name, revision, device=device), config)) as engine:
             loss = evaluate(engine, data, config.per_device_eval_batch_size)
         if not math.isfinite(loss):
             raise ValueError(f"{name}: the loss is {loss}: the weights are broken")
@@ -142,7 +142,7 @@ def main(config: SFTConfig) -> None:
             return
 
         # ---- model and training
-        model = GPT.from_pretrained(name, revision, device=device, **changes)
+        model = load_model(name, revision, device=device, **changes)
         print0(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
         learnt = f"Instruction-tuned on {', '.join(Path(p).name for p in config.data)}."
         with (

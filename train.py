@@ -50,7 +50,8 @@ def main(config: PretrainConfig) -> None:
     from minigpt.data.splits import split_text
     from minigpt.data.tokenizer import GPT2, Tokenizer
     from minigpt.evaluation.predict import show_text
-    from minigpt.model.gpt2 import GPT, GPTConfig
+    from minigpt.model.families import load_config, load_model, model_from_config
+    from minigpt.model.gpt2 import GPTConfig
     from minigpt.training.engines.torch_engine import check_engine, make_engine
     from minigpt.training.loop import train
     from minigpt.training.out_of_memory import explain_out_of_memory
@@ -64,18 +65,18 @@ def main(config: PretrainConfig) -> None:
     if not name:  # an unknown shape is told before the tokenizer is looked for
         shape = config.config_name or ""
         if "/" in shape or Path(shape).is_dir():
-            model_config = GPTConfig.from_pretrained(shape, config.revision, **config.config_changes)
+            model_config = load_config(shape, config.revision, **config.config_changes)
         else:
             model_config = GPTConfig.preset(shape, **config.config_changes)
     revision = config.revision if name and not config.tokenizer_name else None  # which is the model's
     tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name or GPT2, revision)
     changes = {**config.config_changes, "bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     if name:
-        model_config = GPTConfig.from_pretrained(name, config.revision, **changes)
+        model_config = load_config(name, config.revision, **changes)
         model_config.check_vocabulary(tokenizer.vocab_size)
     else:
         model_config = replace(model_config, vocab_size=tokenizer.vocab_size, **changes)
-    block_size = config.block_size or model_config.n_positions
+    block_size = config.block_size or model_config.context
     model_config.check_length("--block_size", block_size)
 
     device = pick_device(config.device)
@@ -91,7 +92,7 @@ def main(config: PretrainConfig) -> None:
 
         # ---- model and training
         torch.manual_seed(config.seed)
-        model = GPT.from_pretrained(name, config.revision, **changes) if name else GPT(model_config)
+        model = load_model(name, config.revision, **changes) if name else model_from_config(model_config)
         model = model.to(device)
         print0(f"{name or config.config_name}: {model.num_parameters():,} parameters; {len(train_data):,} blocks")
         learnt = f"Trained on the text of {', '.join(Path(p).name for p in config.data)}."

@@ -1,7 +1,6 @@
 """What each of two ranks holds under ZeRO 0 to 3, in bytes: the tensors' own, beside the arithmetic of the paper.
 
-Opens minigpt/training/engines/torch_engine.py and deepspeed_engine.py beside it. The paper: Rajbhandari et al.,
-arXiv:1910.02054.
+Opens minigpt/training/engines/deepspeed_engine.py. The paper: Rajbhandari et al., arXiv:1910.02054.
     python examples/08_zero.py      # starts its own two ranks; on Linux, for DeepSpeed
 """
 

@@ -7,6 +7,7 @@ not wait for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from minigpt import moved
 from minigpt.version import __version__
 
 if TYPE_CHECKING:
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
     from minigpt.data.read.records import Conversation, read_records
     from minigpt.data.tokenizer import Tokenizer
     from minigpt.inference.generate import generate, stream
+    from minigpt.model.families import load_model
     from minigpt.model.gpt2 import GPT, GPTConfig
     from minigpt.settings.groups import TrainConfig
     from minigpt.training.engines.torch_engine import make_engine
     from minigpt.training.loop import train
+
+moved.install()
 
 _HOMES = {
     "minigpt.settings.groups": ["TrainConfig"],
@@ -29,6 +33,7 @@ _HOMES = {
     "minigpt.data.read.records": ["Conversation", "read_records"],
     "minigpt.data.tokenizer": ["Tokenizer"],
     "minigpt.inference.generate": ["generate", "stream"],
+    "minigpt.model.families": ["load_model"],
     "minigpt.model.gpt2": ["GPT", "GPTConfig"],
     "minigpt.training.engines.torch_engine": ["make_engine"],
     "minigpt.training.loop": ["train"],
@@ -48,6 +53,7 @@ __all__ = [
     "encode_example",
     "generate",
     "get_template",
+    "load_model",
     "make_engine",
     "read_records",
     "stream",

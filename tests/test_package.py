@@ -1,6 +1,7 @@
 """The house as a whole: which way its imports run, what it costs to import, what it offers."""
 
 import ast
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import minigpt
+from minigpt.moved import MOVED
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [name for name in ("train", "sft", "selfinstruct", "chat") if (ROOT / f"{name}.py").exists()]
-GROUND = {"api_client", "distributed", "files", "hardware", "settings", "version"}
+GROUND = {"api_client", "moved", "distributed", "files", "hardware", "settings", "version"}
 STANDS_ON = {  # besides the ground, and besides itself
     "ground": set(),
     "data": set(),
@@ -192,11 +194,19 @@ def test_help_does_not_wait_for_torch(script):
     assert "--model_name_or_path STR" in text
 
 
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_an_old_import_path_names_the_new_one(old):
+    with pytest.raises(ModuleNotFoundError, match=f"^{old} has moved to {MOVED[old]}$"):
+        importlib.import_module(old)
+    new = MOVED[old]
+    assert (ROOT / new).is_file() if new.endswith(".py") else importlib.util.find_spec(new)
+
+
 # ---- what it offers
 
 PUBLIC = [  # design.md, "Public names"
     *("GPT", "GPTConfig", "Tokenizer", "read_records", "get_template", "encode_example", "Example", "collate"),
-    *("Batch", "generate", "stream", "make_engine", "train", "TrainConfig"),
+    *("Batch", "generate", "stream", "load_model", "make_engine", "train", "TrainConfig"),
 ]
 
 

@@ -38,8 +38,8 @@ from minigpt.data.read.streams import find_data_files, is_raw_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import print0, progress_bar
 from minigpt.files import remove, to_disk, writing_to
-from minigpt.version import __version__
 
+KEY_VERSION = "0.1.0"  # of the tokenization; a change makes new stores
 FORMAT = 1  # of the files above; a change makes new stores, whose runs do not resume from checkpoints made before
 PATIENCE = 5.0  # seconds to wait for another process before a line says so
 LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE}  # errors that building the store repairs
@@ -285,7 +285,7 @@ def _lost_is_damaged(name: str) -> Iterator[None]:
 
 def _key(files: Iterable[Path], *settings: Any) -> str:
     """A hash of the files' bytes and of everything else that the ids depend on."""
-    digest = hashlib.blake2b(json.dumps([__version__, FORMAT, *settings], sort_keys=True).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([KEY_VERSION, FORMAT, *settings], sort_keys=True).encode(), digest_size=16)
     for path in files:
         digest.update(b"text" if is_raw_text(path) else b"json")  # the same bytes are read otherwise under .txt
         with open(path, "rb") as file:

@@ -15,7 +15,7 @@ from minigpt.files import writing_to
 from minigpt.inference.chat import fit_prompt
 from minigpt.inference.decoder import Decoder
 from minigpt.inference.generate import Sampling, generate
-from minigpt.model.gpt2 import GPT
+from minigpt.model.base import CausalLM
 
 JUDGEMENTS = "judgements.jsonl"
 
@@ -51,7 +51,7 @@ class Scores(NamedTuple):
 
 
 def predict(
-    model: GPT,
+    model: CausalLM,
     tokenizer: Tokenizer,
     template: Template,
     conversations: Sequence[Conversation],
@@ -74,7 +74,7 @@ def predict(
 
     if not conversations:
         return []
-    room = model.config.n_positions - max_new_tokens
+    room = model.config.context - max_new_tokens
     prompts = [_prompt(number, found, template, tokenizer, room) for number, found in enumerate(conversations, 1)]
     longest = max(map(len, prompts)) + max_new_tokens
     rows = min(batch_size, len(prompts))
@@ -139,7 +139,7 @@ def score(predictions: Sequence[Prediction]) -> Scores:
 def predict_file(
     path: str,
     folder: Path,
-    model: GPT,
+    model: CausalLM,
     tokenizer: Tokenizer,
     template: Template,
     *,
@@ -211,12 +211,12 @@ def predict_file(
 
 
 def show_answers(
-    model: GPT, step: int, tokenizer: Tokenizer, data: Subset | TokenStore | None, count: int, max_new_tokens: int
+    model: CausalLM, step: int, tokenizer: Tokenizer, data: Subset | TokenStore | None, count: int, max_new_tokens: int
 ) -> None:
     """Prints greedy answers to a dataset's first prompts; before the first step, prompts and references too."""
     if data is None:
         return
-    room = model.config.n_positions - max_new_tokens
+    room = model.config.context - max_new_tokens
     for index in range(min(count, len(data))):
         ids, start = [int(i) for i in data[index].ids], int(data.prompt_lengths[index])
         if start == 0:
@@ -235,9 +235,9 @@ def show_answers(
             print0(f"  {index + 1} {name:9} {'' if len(text) <= 100 else '... '}{text[-100:]!r}")
 
 
-def show_text(model: GPT, tokenizer: Tokenizer, data: TokenBlocks | None, length: int, seed: int) -> None:
+def show_text(model: CausalLM, tokenizer: Tokenizer, data: TokenBlocks | None, length: int, seed: int) -> None:
     """Prints how a model goes on where the first block of `data` begins."""
     if length and data is not None:
-        start = [int(i) for i in data[0].ids[: min(8, model.config.n_positions // 2)]]
+        start = [int(i) for i in data[0].ids[: min(8, model.config.context // 2)]]
         [more] = generate(model, [start], max_new_tokens=length, temperature=0.8, top_k=40, seed=seed)
         print0(f"  sample    {tokenizer.decode(start)!r} ... {tokenizer.decode(more)!r}")

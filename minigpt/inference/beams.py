@@ -13,8 +13,8 @@ from torch import Tensor
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.decoder import pad_right, positions_of
 from minigpt.inference.sampling import Sampling, apply_penalties
+from minigpt.model.base import CausalLM
 from minigpt.model.cache import KVCache
-from minigpt.model.gpt2 import GPT
 
 OUT = -1e9  # the score of a beam that must not win
 
@@ -87,7 +87,7 @@ class _Search:
 
 
 def search(
-    model: GPT,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
@@ -100,7 +100,7 @@ def search(
 
     To be called where no gradients are taken.
     """
-    device, context = model.wpe.weight.device, model.config.n_positions
+    device, context = model.device, model.config.context
     searches = [
         _Search(p, min(sampling.max_new_tokens, context - len(p)), sampling, num_beams, length_penalty, tokenizer)
         for p in prompts

@@ -14,7 +14,7 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.files import whole_file, writing_to
 from minigpt.inference.answer_text import AnswerText
 from minigpt.inference.generate import stream
-from minigpt.model.gpt2 import GPT
+from minigpt.model.base import CausalLM
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Chat:
     """
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, template: Template, system: str | None = None, **sampling: Any
+        self, model: CausalLM, tokenizer: Tokenizer, template: Template, system: str | None = None, **sampling: Any
     ):
         """Raises `ValueError` where the system text leaves no room for a question."""
         self.model, self.tokenizer, self.template, self.sampling = model, tokenizer, template, sampling
@@ -74,7 +74,7 @@ class Chat:
     @property
     def room(self) -> int:
         """The most tokens that an answer gets."""
-        return min(self.sampling["max_new_tokens"], self.model.config.n_positions // 2)
+        return min(self.sampling["max_new_tokens"], self.model.config.context // 2)
 
     def ask(self, content: str, context: str | None = None, *, replace: bool = False) -> Iterator[str]:
         """Answers a user message (with Alpaca's input as `context`), and yields the answer as it is written.
@@ -123,7 +123,7 @@ class Chat:
     def _fit(self, messages: Sequence[Message]) -> "Prompt":
         if self.template.name == "none":
             messages = as_one_text(messages)
-        return fit_prompt(messages, self.template, self.tokenizer, self.model.config.n_positions - self.room)
+        return fit_prompt(messages, self.template, self.tokenizer, self.model.config.context - self.room)
 
     def _answer(self, question: Message, replace: bool) -> Iterator[str]:
         messages = [*(self.messages[:-2] if replace else self.messages), question]

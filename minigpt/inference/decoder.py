@@ -20,8 +20,8 @@ from torch import Tensor
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.sampling import Row, Sampling, next_tokens
+from minigpt.model.base import CausalLM
 from minigpt.model.cache import KVCache
-from minigpt.model.gpt2 import GPT
 
 PREFILL_TOKENS = 4096  # read at once, padding included: bounds the memory that prompts take on their way through
 
@@ -36,13 +36,15 @@ class Decoder:
         tokenizer: needed for stop strings. With it, no id comes that it does not know.
     """
 
-    def __init__(self, model: GPT, *, max_rows: int, max_length: int | None = None, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self, model: CausalLM, *, max_rows: int, max_length: int | None = None, tokenizer: Tokenizer | None = None
+    ):
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
         self.model, self.max_rows, self.tokenizer = model, max_rows, tokenizer
-        self.max_length = min(max_length or model.config.n_positions, model.config.n_positions)
+        self.max_length = min(max_length or model.config.context, model.config.context)
         self._known = tokenizer.vocab_size if tokenizer else None  # an embedding may be padded to more
-        self.device = model.wpe.weight.device
+        self.device = model.device
         self.cache = KVCache.for_model(model, max_rows, self.max_length)
         self._keys = count()
         self._waiting: deque[tuple[int, Row]] = deque()
@@ -123,7 +125,7 @@ class Decoder:
             self._running[place] = last
 
 
-def without_gradients(model: GPT) -> torch.no_grad | torch.inference_mode:
+def without_gradients(model: CausalLM) -> torch.no_grad | torch.inference_mode:
     """The context to answer in: inference_mode, the faster one, where no weight learns. Where one does, it would leave
     weights under ZeRO-3 that backward cannot use."""
     learns = any(parameter.requires_grad for parameter in model.parameters())
@@ -142,7 +144,7 @@ def check_prompt(prompt: Sequence[int], max_length: int, name: str) -> None:
         raise ValueError(f"{name} has {len(prompt)} tokens; between 1 and {max_length - 1} fit")
 
 
-def check_sampling(sampling: Sampling, model: GPT, tokenizer: Tokenizer | None) -> None:
+def check_sampling(sampling: Sampling, model: CausalLM, tokenizer: Tokenizer | None) -> None:
     """Refuses settings that do not go with the model, or lack the tokenizer."""
     if sampling.stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer, which knows where tokens end")

@@ -12,13 +12,13 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.beams import search
 from minigpt.inference.decoder import Decoder, check_prompt, check_sampling, without_gradients
 from minigpt.inference.sampling import Sampling, sequence_seed
-from minigpt.model.gpt2 import GPT
+from minigpt.model.base import CausalLM
 
 __all__ = ["Sampling", "generate", "stream"]
 
 
 def generate(
-    model: GPT,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -70,7 +70,7 @@ def generate(
     check_sampling(sampling, model, tokenizer)
     _check_sequences(sampling, num_beams, num_return_sequences, batch_size)
     for index, prompt in enumerate(prompts):
-        check_prompt(prompt, model.config.n_positions, f"prompt {index}")
+        check_prompt(prompt, model.config.context, f"prompt {index}")
     seeds = seed if isinstance(seed, Sequence) else [None if seed is None else seed + i for i in range(len(prompts))]
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
@@ -104,7 +104,7 @@ def generate(
 
 
 def stream(
-    model: GPT, prompt: Sequence[int], *, max_new_tokens: int, tokenizer: Tokenizer | None = None, **settings: Any
+    model: CausalLM, prompt: Sequence[int], *, max_new_tokens: int, tokenizer: Tokenizer | None = None, **settings: Any
 ) -> Iterator[int]:
     """Continues one prompt and yields each id as it comes. The settings are `Sampling`'s, and the errors `generate`'s.
 
@@ -112,7 +112,7 @@ def stream(
     """
     sampling = Sampling(max_new_tokens=max_new_tokens, **settings)
     check_sampling(sampling, model, tokenizer)
-    check_prompt(prompt, model.config.n_positions, "the prompt")
+    check_prompt(prompt, model.config.context, "the prompt")
     if max_new_tokens == 0:
         return iter(())
     decoder = Decoder(model, max_rows=1, max_length=len(prompt) + max_new_tokens, tokenizer=tokenizer)

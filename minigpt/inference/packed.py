@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,15 @@ from minigpt.inference.kernels import (
     has_fp16_product,
     int8_levels,
 )
-from minigpt.model.cache import KVCache
-from minigpt.model.gpt2 import GPT, Block, attend
+from minigpt.model.base import CausalLM
+from minigpt.model.families import load_model
 from minigpt.model.weights import SkipInit
 
 ENGLISH = Path(__file__).parents[1] / "assets" / "english.txt"
 QUANTIZATIONS = ("int8", "fp16")
 
 
-def for_generation(model: GPT, quantize: str | None = None, *, batched: bool = True) -> GPT:
+def for_generation(model: CausalLM, quantize: str | None = None, *, batched: bool = True) -> CausalLM:
     """The same model with its matrices laid out to generate with alone; the one given stays as it is.
 
     What is not a matrix is shared with it, and so is the token embedding, whose rows are looked up: the head tied to
@@ -62,7 +63,7 @@ def for_generation(model: GPT, quantize: str | None = None, *, batched: bool = T
     """
     if quantize not in (None, *QUANTIZATIONS):
         raise ValueError(f"no quantization {quantize!r}; one of {', '.join(QUANTIZATIONS)}")
-    chosen = _kernel(model.wte.weight, quantize, batched)
+    chosen = _kernel(model.head_weight(), quantize, batched)
     if chosen is None:
         return model
     kernel, dtype, narrow = chosen
@@ -71,18 +72,36 @@ def for_generation(model: GPT, quantize: str | None = None, *, batched: bool = T
         return kernel(weight.detach().to(narrow), None if bias is None else bias.detach().to(dtype))
 
     with torch.device("meta"), SkipInit():
-        fast = GPT(model.config).eval()
-    fast.lm_head = linear(model.wte.weight, None)
-    int8_lookup = isinstance(fast.lm_head, Int8Linear)
-    for name in ("wpe", "ln_f") if int8_lookup else ("wte", "wpe", "ln_f"):
-        for key, parameter in model.get_submodule(name).named_parameters():
-            own = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-            setattr(fast.get_submodule(name), key, own)
-    if isinstance(fast.lm_head, Int8Linear):
-        fast.wte = Int8Embedding(fast.lm_head, dtype)  # type: ignore[assignment]  # looks up as an Embedding does
-    fast.h = nn.ModuleList(FastBlock(block, linear, dtype) for block in model.h)  # type: ignore[arg-type]
+        fast = type(model)(model.config).eval()
+    fast.lm_head = head = linear(model.head_weight(), None)
+    _pack(model, fast, linear, dtype, _fused_block(model))
+    if isinstance(head, Int8Linear):  # a tied embedding looks its rows up in the 8-bit head
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding) and module.weight is model.head_weight():
+                fast.set_submodule(name, Int8Embedding(head, dtype))
     fast.register_state_dict_pre_hook(_refuse_state_dict)
     return fast
+
+
+def _pack(source: nn.Module, target: nn.Module, linear: Kernel, dtype: torch.dtype, fused: Any) -> None:
+    """Fills `target`, a copy of `source` without weights: matrices packed, all other weights shared, in `dtype`."""
+    for name, parameter in source.named_parameters(recurse=False):
+        setattr(target, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    for name, child in source.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(target, name, LinearModule(linear(child.weight, child.bias)))
+        elif fused and isinstance(source, nn.ModuleList):
+            setattr(target, name, fused(child, linear, dtype))
+        else:
+            _pack(child, target.get_submodule(name), linear, dtype, fused)
+
+
+def _fused_block(model: CausalLM) -> Any:
+    """The family's own layer for generation, or None."""
+    if model.FUSED_BLOCK is None:
+        return None
+    module, _, name = model.FUSED_BLOCK.partition(":")
+    return getattr(import_module(module), name)
 
 
 def _kernel(weight: Tensor, quantize: str | None, batched: bool) -> tuple[Kernel, torch.dtype, torch.dtype] | None:
@@ -115,7 +134,7 @@ def load_for_generation(
     quantize: str | None = None,
     batched: bool = True,
     on_note: Callable[[str], None] | None = None,
-) -> tuple[GPT, Tokenizer]:
+) -> tuple[CausalLM, Tokenizer]:
     """A checkpoint and its tokenizer, ready to answer: what chat, prediction and self-instruct open.
 
     Args:
@@ -126,10 +145,10 @@ def load_for_generation(
             much slower bf16 is where it is emulated.
 
     Raises:
-        FileNotFoundError, ValueError: those of `GPT.from_pretrained` and `Tokenizer.from_pretrained`; the tokenizer has
+        FileNotFoundError, ValueError: those of `load_model` and `Tokenizer.from_pretrained`; the tokenizer has
             ids that the model does not have.
     """
-    model = GPT.from_pretrained(name_or_folder, revision, device=device)
+    model = load_model(name_or_folder, revision, device=device)
     with ThreadPoolExecutor() as pool:  # the weights are packed while the vocabulary is read
         packed = None if quantize and on_note else pool.submit(lighten, model, quantize, batched)
         tokenizer = Tokenizer.from_pretrained(tokenizer_name or name_or_folder, None if tokenizer_name else revision)
@@ -144,21 +163,21 @@ def load_for_generation(
     return model, tokenizer
 
 
-def lighten(model: GPT, quantize: str | None, batched: bool = True) -> GPT:
+def lighten(model: CausalLM, quantize: str | None, batched: bool = True) -> CausalLM:
     """`for_generation`, with "bf16" too; for it the model given is itself converted."""
     if quantize == "bf16":
         return for_generation(model.bfloat16(), batched=batched)
     return for_generation(model, quantize, batched=batched)
 
 
-def with_loss(model: GPT, tokenizer: Tokenizer, quantize: str, batched: bool = True) -> tuple[GPT, str]:
+def with_loss(model: CausalLM, tokenizer: Tokenizer, quantize: str, batched: bool = True) -> tuple[CausalLM, str]:
     """An fp32 model in bf16, or quantized, laid out for generation; and what that costs, measured, as a line.
 
     The cost is the change of the perplexity on the text that is bundled with the package (`assets/english.txt`), in
     pieces of at most the model's context. It is little text: differences below a tenth of a percent say nothing.
     """
     ids = tokenizer.encode(ENGLISH.read_text(encoding="utf-8"))
-    length = model.config.n_positions
+    length = model.config.context
     pieces = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
     before = perplexity(model, pieces)
     model = lighten(model, quantize, batched)
@@ -179,32 +198,15 @@ def _refuse_state_dict(*_: Any) -> None:
     raise ValueError("these weights are packed for generation; save the model that they came from")
 
 
-class FastBlock(nn.Module):
-    """A `Block` in fewer calls: a product also takes the GELU, or adds the residual stream.
+class LinearModule(nn.Module):
+    """A prepared product in the place of an `nn.Linear`."""
 
-    One token is so little work that calls count, those of Python too: so what it calls are no modules.
-    """
-
-    def __init__(self, block: Block, linear: Kernel, dtype: torch.dtype):
+    def __init__(self, product: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.n_head, self.layer = block.attn.n_head, block.attn.layer
-        self.ln_1, self.ln_2 = _layer_norm(block.ln_1, dtype), _layer_norm(block.ln_2, dtype)
-        self.c_attn, self.attn_c_proj, self.c_fc, self.mlp_c_proj = (
-            linear(own.weight, own.bias)
-            for own in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        )
+        self.product = product
 
-    def forward(self, x: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
-        qkv = self.c_attn(self.ln_1(x))
-        y = attend(qkv, self.n_head, self.layer, cache, mask)
-        x = self.attn_c_proj(y, residual=x)
-        y = self.c_fc(self.ln_2(x), gelu=True)
-        return self.mlp_c_proj(y, residual=x)
-
-
-def _layer_norm(module: nn.LayerNorm, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    weight, bias = module.weight.detach().to(dtype), module.bias.detach().to(dtype)
-    return partial(torch.layer_norm, normalized_shape=module.normalized_shape, weight=weight, bias=bias, eps=module.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
 
 
 class Int8Embedding(nn.Module):
@@ -219,7 +221,7 @@ class Int8Embedding(nn.Module):
 
 
 @torch.inference_mode()
-def perplexity(model: GPT, sequences: Sequence[Sequence[int]]) -> float:
+def perplexity(model: CausalLM, sequences: Sequence[Sequence[int]]) -> float:
     """exp of the mean negative log-likelihood of every token after each sequence's first.
 
     Sequences longer than the context are cut to it. `perplexity(fast, data) / perplexity(model, data)` is what
@@ -230,7 +232,7 @@ def perplexity(model: GPT, sequences: Sequence[Sequence[int]]) -> float:
     """
     total, count = 0.0, 0
     for ids in sequences:
-        idx = torch.tensor([list(ids[: model.config.n_positions])], device=model.wpe.weight.device)  # (1,T)
+        idx = torch.tensor([list(ids[: model.config.context])], device=model.device)  # (1,T)
         if idx.shape[1] < 2:
             continue
         logits = model(idx[:, :-1])[0].float()  # (T-1,V)

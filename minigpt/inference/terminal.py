@@ -230,7 +230,7 @@ class Terminal:
             eprint(f"{name:18}  {'unset' if value is None else value}{limit}")
 
     def stats(self, _: str) -> None:
-        answers, context = self.chat.answers, self.chat.model.config.n_positions
+        answers, context = self.chat.answers, self.chat.model.config.context
         if not answers:
             raise ValueError("nothing has been asked yet")
         last = answers[-1]

@@ -17,9 +17,9 @@ class KVCache:
     earlier row's tokens) is overwritten before anybody reads it.
 
     Args:
-        config: the model's `GPTConfig`.
+        config: the model's; the cache depends on `n_layer` and `kv_shape`.
         batch_size: rows.
-        max_length: slots a row; at most `config.n_positions`.
+        max_length: slots a row; at most `config.context`.
         dtype: of keys and values; attention over the cache computes in it.
     """
 
@@ -32,7 +32,8 @@ class KVCache:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ):
-        shape = (config.n_layer, 2, batch_size, config.n_head, max_length, config.n_embd // config.n_head)
+        n_kv_head, head_size = config.kv_shape
+        shape = (config.n_layer, 2, batch_size, n_kv_head, max_length, head_size)
         self.buffer = _zeros(shape, device, dtype)  # zeros: a masked slot must not hold a NaN
         self.max_length = max_length
         self.length = 0  # slots in use: one more than the highest position of the last call
@@ -47,9 +48,8 @@ class KVCache:
     def for_model(cls, model: Any, batch_size: int, max_length: int) -> "KVCache":
         """A cache where the model's weights are. On a CPU it is fp32, whatever they are: one query against many keys
         is slower there in bf16, by up to three times, though it reads half the bytes."""
-        weight = model.wpe.weight
-        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
-        return cls(model.config, batch_size, max_length, device=weight.device, dtype=dtype)
+        dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+        return cls(model.config, batch_size, max_length, device=model.device, dtype=dtype)
 
     def extend(self, positions: Tensor) -> None:
         """Makes room for (B,T) or (T,) positions, in each row one after the other, once for all layers."""
@@ -71,8 +71,11 @@ class KVCache:
             self._layers[layer].transpose(2, 3)[:, rows, self.positions] = kv.transpose(2, 3)  # both (2,B,T,nh,hs)
         return self._keys[layer], self._values[layer]
 
-    def mask(self) -> Tensor:
-        """What each query may see, (B,1,T,length) or (1,1,T,length): the slots up to its own position."""
+    def mask(self) -> Tensor | None:
+        """Which slots each query may attend to, (B,1,T,length): those up to its own position. None if all rows have the
+        same positions and no mask is needed: a single token attends to all slots, and a prompt is plainly causal."""
+        if self.positions.dim() == 1 and len(self.positions) in (1, self.length):
+            return None
         slots = torch.arange(self.length, device=self.positions.device)
         return slots <= self.positions.view(-1, 1, self.positions.shape[-1], 1)
 

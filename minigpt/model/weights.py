@@ -5,6 +5,7 @@ Weights are safetensors, in one file or in shards named by an index. A pickle is
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,40 @@ class SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass(frozen=True)
+class WeightMap:
+    """How a family's checkpoint names and stores the tensors of the module.
+
+    With prefix "transformer." and transposed ("c_fc.weight",) the module's "h.0.mlp.c_fc.weight" of shape (out,in) is
+    "transformer.h.0.mlp.c_fc.weight" of shape (in,out) in the file.
+    """
+
+    prefix: str = ""
+    """What the file's names begin with; files without it are read too."""
+    transposed: tuple[str, ...] = ()
+    """Ends of the names of matrices that the file stores as (in,out)."""
+    ignored: tuple[str, ...] = ()
+    """Ends of names, in the file, of tensors that are no weights."""
+    tied: tuple[str, ...] = ()
+    """Names, in the file, of second copies of a tensor."""
+
+    def to_module(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By the module's names and in its layout; transposed matrices are views."""
+        weights = {}
+        for name, tensor in tensors.items():
+            name = name.removeprefix(self.prefix)
+            if name not in self.tied and not name.endswith(self.ignored):
+                weights[name] = tensor.t() if name.endswith(self.transposed) else tensor
+        return weights
+
+    def to_file(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `to_module`."""
+        return {
+            self.prefix + name: tensor.t() if name.endswith(self.transposed) else tensor
+            for name, tensor in weights.items()
+        }
+
+
 def read_config(name_or_folder: str | Path, revision: str | None = None) -> dict:
     """The contents of config.json."""
     path = resolve_file(name_or_folder, "config.json", revision)
@@ -48,6 +83,11 @@ def read_weights(name_or_folder: str | Path, revision: str | None = None) -> dic
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
     return tensors
+
+
+def read_state_dict(name_or_folder: str | Path, revision: str | None, layout: WeightMap) -> dict[str, Tensor]:
+    """A checkpoint's weights by the module's own names and in its layout, memory-mapped."""
+    return layout.to_module(read_weights(name_or_folder, revision))
 
 
 def _weight_files(name_or_folder: str | Path, revision: str | None) -> list[Path]:

@@ -111,9 +111,9 @@ class LocalGenerator:
     """A model in this process."""
 
     def __init__(self, model: Any, tokenizer: "Tokenizer"):
-        """`model`: a GPT in eval mode, on any device; on a CPU, as `inference.fast.for_generation` packs it."""
+        """`model`: a CausalLM in eval mode, on any device; on a CPU, as `inference.fast.for_generation` packs it."""
         self.model, self.tokenizer = model, tokenizer
-        self.context: int = model.config.n_positions
+        self.context: int = model.config.context
 
     def count(self, text: str) -> int:
         return len(self.tokenizer.encode(text))
@@ -180,7 +180,7 @@ class Ranks:
     def __init__(self, generator: LocalGenerator):
         self.generator = generator
         self.context, self.count = generator.context, generator.count
-        start_process_group(generator.model.wpe.weight.device.type)
+        start_process_group(generator.model.device.type)
 
     def complete(
         self, prompts: Sequence[Prompt], how: How, on_arrival: OnArrival | None = None

@@ -45,7 +45,7 @@ def make_app(worker: Worker, builder: RequestBuilder, name: str, api_key: str | 
     app = FastAPI(title="minigpt", version=__version__, docs_url=None, redoc_url=None, responses=errors)
     keyed: dict[str, Any] = {"dependencies": [Security(HTTPBearer(auto_error=False))] if api_key else []}
     streamed: dict[str, Any] = {"responses": {200: {"content": {"text/event-stream": {}}}}}
-    card = schema.ModelCard(id=name, created=int(time.time()), max_model_len=builder.model.config.n_positions)
+    card = schema.ModelCard(id=name, created=int(time.time()), max_model_len=builder.model.config.context)
 
     def check_model(model: str | None) -> None:
         if model not in (None, name):

@@ -13,7 +13,7 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.answer_text import AnswerText
 from minigpt.inference.chat import as_one_text, fit_prompt
 from minigpt.inference.sampling import Sampling, sequence_seed
-from minigpt.model.gpt2 import GPT
+from minigpt.model.base import CausalLM
 from minigpt.serving.guard import ApiError
 from minigpt.serving.schema import ChatRequest, CompletionRequest, Sampled, Truncated
 from minigpt.serving.worker import QueueFull, Token, Worker, WorkerEnded
@@ -37,7 +37,7 @@ class RequestBuilder:
     Refusals are `ApiError`s of status 400.
     """
 
-    model: GPT
+    model: CausalLM
     tokenizer: Tokenizer
     template: Template
     sampling: Mapping[str, Any]
@@ -52,7 +52,7 @@ class RequestBuilder:
         if continues:
             messages = as_one_text(messages)
         wanted = body.max_completion_tokens or body.max_tokens
-        context = self.model.config.n_positions
+        context = self.model.config.context
         truncated = None
         try:
             if body.truncation == "auto":
@@ -86,7 +86,7 @@ class RequestBuilder:
     def _sampling(
         self, body: Sampled, prompts: list[list[int]], wanted: int | None, default: int, stops: tuple[str, ...]
     ) -> Sampling:
-        longest, context = max(map(len, prompts)), self.model.config.n_positions
+        longest, context = max(map(len, prompts)), self.model.config.context
         if longest + (wanted or 1) > context:
             asked = f"{longest} tokens of prompt and {wanted or 1} of answer"
             raise ApiError(400, f"{asked} are more than the context of {context}", code="context_length_exceeded")

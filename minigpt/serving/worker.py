@@ -15,7 +15,7 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import is_out_of_memory
 from minigpt.inference.decoder import Decoder
 from minigpt.inference.sampling import Sampling
-from minigpt.model.gpt2 import GPT
+from minigpt.model.base import CausalLM
 
 
 class Token(NamedTuple):
@@ -56,7 +56,7 @@ class Worker:
         max_queue: rows that may wait for a place.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, max_rows: int, max_queue: int):
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, *, max_rows: int, max_queue: int):
         self._decoder = Decoder(model, max_rows=max_rows, tokenizer=tokenizer)
         self.max_rows, self.capacity = max_rows, max_rows + max_queue
         self.ended: WorkerEnded | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minigpt.distributed import OutOfMemory, is_out_of_memory, world_size
-from minigpt.model.gpt2 import GPTConfig
+from minigpt.model.base import ModelConfig
 from minigpt.settings.groups import TrainConfig
 from minigpt.training.plan import Lengths, plan
 from minigpt.training.run.checkpoint import checkpoints
@@ -24,7 +24,7 @@ MIN_OUTSIDE = 0.05  # of the GPU's memory: if other processes hold more, the mes
 @contextlib.contextmanager
 def explain_out_of_memory(
     config: TrainConfig,
-    model_config: GPTConfig,
+    model_config: ModelConfig,
     device: torch.device | str,
     lengths: Lengths,
     replay_lengths: Lengths = (),
@@ -67,7 +67,7 @@ def explain_out_of_memory(
 
 def next_changes(
     config: TrainConfig,
-    model_config: GPTConfig,
+    model_config: ModelConfig,
     lengths: Lengths,
     replay_lengths: Lengths = (),
     replay_ratio: float = 0.0,

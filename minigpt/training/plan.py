@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from minigpt.model.gpt2 import GPTConfig
+from minigpt.model.base import ModelConfig
+from minigpt.model.families import model_from_config
 from minigpt.model.head import CHUNK_ELEMENTS, CHUNK_ROWS
+from minigpt.model.weights import SkipInit
 from minigpt.settings.groups import TrainConfig
 from minigpt.training.engines.deepspeed_config import deepspeed_config
 from minigpt.training.engines.state import checkpoint_bytes
@@ -94,7 +97,7 @@ class Plan:
 
 def plan(
     config: TrainConfig,
-    model_config: GPTConfig,
+    model_config: ModelConfig,
     lengths: Lengths,
     replay_lengths: Lengths = (),
     replay_ratio: float = 0.0,
@@ -116,7 +119,7 @@ def plan(
         raise ValueError("the training data is empty: give more of it, or hold out less (--validation_split)")
     gpus = config.plan or 1
     if deepspeed is None and (config.deepspeed or config.fp16):
-        deepspeed = deepspeed_config(config, model_config.n_embd, gpus, "cuda")
+        deepspeed = deepspeed_config(config, model_config.width, gpus, "cuda")
     positions, replayed = np.asarray(lengths) - 1, np.asarray(replay_lengths, dtype=np.int64) - 1
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     window_size = batch * accumulation * gpus
@@ -172,11 +175,10 @@ def plan(
     )
 
 
-def count_parameters(config: GPTConfig) -> int:
-    """All of them, the tied head once."""
-    C, inner = config.n_embd, config.n_inner or 4 * config.n_embd
-    layer = 2 * 2 * C + 4 * C * C + 4 * C + 2 * C * inner + inner + C  # two LayerNorms, attention, MLP
-    return (config.vocab_size + config.n_positions) * C + config.n_layer * layer + 2 * C
+def count_parameters(config: ModelConfig) -> int:
+    """All of them, a tied head once: counted on the meta device, without memory."""
+    with torch.device("meta"), SkipInit():
+        return model_from_config(config).num_parameters()
 
 
 def model_states(n_parameters: float, gpus: int, stage: int, precision: Precision, fp32_sums: bool = False) -> Memory:
@@ -206,7 +208,7 @@ def model_states(n_parameters: float, gpus: int, stage: int, precision: Precisio
 
 
 def activation_bytes(
-    config: GPTConfig, batch_size: int, length: int, precision: Precision, gradient_checkpointing: bool = False
+    config: Any, batch_size: int, length: int, precision: Precision, gradient_checkpointing: bool = False
 ) -> int:
     """The most that a forward and backward pass holds beside weights and gradients, every target supervised.
 
@@ -224,7 +226,7 @@ def activation_bytes(
 
 
 def saved_bytes(
-    config: GPTConfig, batch_size: int, length: int, precision: Precision, gradient_checkpointing: bool = False
+    config: Any, batch_size: int, length: int, precision: Precision, gradient_checkpointing: bool = False
 ) -> int:
     """What autograd keeps of the layers between forward and backward; the head's own is not counted here.
 
@@ -242,7 +244,7 @@ def saved_bytes(
     return batch_size * length * (embedding + config.n_layer * layer + final_norm) + casts
 
 
-def _layer_bytes(config: GPTConfig, precision: Precision) -> int:
+def _layer_bytes(config: Any, precision: Precision) -> int:
     """Of one token in one Block. In fp32 and without dropout this is about 64 C, under autocast 36 C."""
     C, inner = config.n_embd, config.n_inner or 4 * config.n_embd
     width, residual = 4 if precision == "fp32" else 2, 4 if precision in ("fp32", "autocast") else 2
@@ -253,7 +255,7 @@ def _layer_bytes(config: GPTConfig, precision: Precision) -> int:
     return norms + attention + mlp + masks
 
 
-def _head_work(config: GPTConfig, tokens: int, precision: Precision) -> int:
+def _head_work(config: Any, tokens: int, precision: Precision) -> int:
     """The most that `linear_cross_entropy` holds: a chunk of logits in forward, or two gradients in backward."""
     C, matrix = config.n_embd, config.vocab_size * config.n_embd
     logits = min(tokens, CHUNK_ROWS, max(1, CHUNK_ELEMENTS // config.vocab_size)) * config.vocab_size

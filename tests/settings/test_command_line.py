@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 import yaml
 
+from minigpt import __version__
 from minigpt.settings.command_line import convert, is_given, parse, save_yaml
 from minigpt.settings.groups import PromptArguments, TrainConfig
 
@@ -117,7 +118,7 @@ def test_the_launchers_local_rank_is_ignored(words):
 def test_version(capsys):
     with pytest.raises(SystemExit) as exit:
         parse(Config, ["--version"])
-    assert (exit.value.code, capsys.readouterr().out) == (0, "minigpt 0.1.0\n")
+    assert (exit.value.code, capsys.readouterr().out) == (0, f"minigpt {__version__}\n")
 
 
 # ---- YAML

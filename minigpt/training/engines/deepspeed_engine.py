@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 
 from minigpt.data.collate import Batch
 from minigpt.distributed import all_or_none, fails_alone, is_main, print0, rank, start_process_group, world_size
-from minigpt.model.gpt2 import GPT
+from minigpt.model.base import CausalLM
 from minigpt.settings.groups import TrainConfig
 from minigpt.training.engines.deepspeed_config import deepspeed_config
 from minigpt.training.engines.state import MOMENTS, State, checkpoint_bytes, read_state, write_state
@@ -34,10 +34,10 @@ SHARDS = "deepspeed"
 class DeepSpeedEngine:
     """`deepspeed.initialize`, with a client torch AdamW unless the DeepSpeed file names an optimizer."""
 
-    def __init__(self, model: GPT, config: TrainConfig):
+    def __init__(self, model: CausalLM, config: TrainConfig):
         self.device = next(model.parameters()).device
         self.module = model
-        deepspeed, settings = prepare(config, model.config.n_embd, self.device.type)
+        deepspeed, settings = prepare(config, model.config.width, self.device.type)
         self.version, self.zero = deepspeed.__version__, deepcopy(settings["zero_optimization"])
         self.stage = self.zero["stage"]
         self.dtype = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"

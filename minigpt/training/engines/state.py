@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from minigpt.files import read_json
-from minigpt.model.gpt2 import GPT, GPTConfig, read_state_dict
+from minigpt.model.base import CausalLM
+from minigpt.model.weights import read_state_dict
 
 OPTIMIZER, ENGINE = "optimizer.safetensors", "engine.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # PyTorch's names, and DeepSpeed's
@@ -41,7 +42,7 @@ def checkpoint_bytes(n_parameters: int, zero_stage: int | None = None, dtype: st
     return n_parameters * (12 + shards)
 
 
-def write_state(folder: Path, module: GPT, state: State) -> None:
+def write_state(folder: Path, module: CausalLM, state: State) -> None:
     """On rank 0 only."""
     from safetensors.torch import save_file
 
@@ -51,16 +52,16 @@ def write_state(folder: Path, module: GPT, state: State) -> None:
     (folder / ENGINE).write_text(json.dumps(state.facts, indent=2) + "\n", encoding="utf-8")
 
 
-def read_state(folder: Path, module: GPT) -> State:
+def read_state(folder: Path, module: CausalLM) -> State:
     """Memory-mapped. Raises `ValueError` where it is the state of another model."""
     from safetensors.torch import load_file
 
-    config = GPTConfig.from_pretrained(folder)
-    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+    config = module.CONFIG.from_pretrained(folder)
+    for name in config.SHAPE:
         if (theirs := getattr(config, name)) != (ours := getattr(module.config, name)):
             raise ValueError(f"{folder}: of a model with {name} {theirs}, and this one has {ours}")
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / OPTIMIZER).items():
         kind, name = key.split(".", 1)
         moments.setdefault(kind, {})[name] = tensor
-    return State(read_state_dict(folder), moments, read_json(folder / ENGINE))
+    return State(read_state_dict(folder, None, module.WEIGHTS), moments, read_json(folder / ENGINE))

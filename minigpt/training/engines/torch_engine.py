@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt.data.collate import Batch
 from minigpt.distributed import all_or_none, fails_alone, is_main, start_process_group, world_size
-from minigpt.model.gpt2 import GPT, GPTConfig
+from minigpt.model.base import CausalLM, ModelConfig
 from minigpt.settings.groups import TrainConfig
 from minigpt.training.engines.state import MOMENTS, State, checkpoint_bytes, read_state, write_state
 from minigpt.training.optim import StepInfo, make_optimizer
@@ -26,7 +26,7 @@ from minigpt.training.precision import fit_to_machine
 class Engine(Protocol):
     """The contract. Every rank makes the same calls in the same order."""
 
-    module: GPT
+    module: CausalLM
     device: torch.device
     checkpoint_bytes: int
     """What `save` writes, over all ranks."""
@@ -58,7 +58,7 @@ class Engine(Protocol):
 class TorchEngine:
     """Plain PyTorch: fp32 weights, bf16 autocast if asked for, DistributedDataParallel on several ranks."""
 
-    def __init__(self, model: GPT, config: TrainConfig):
+    def __init__(self, model: CausalLM, config: TrainConfig):
         self.device = next(model.parameters()).device
         self.module = model
         self.checkpoint_bytes = checkpoint_bytes(model.num_parameters())
@@ -129,15 +129,15 @@ class TorchEngine:
             distributed.destroy_process_group()
 
 
-def check_engine(config: TrainConfig, model_config: GPTConfig, device: str) -> None:
+def check_engine(config: TrainConfig, model_config: ModelConfig, device: str) -> None:
     """Raises what `make_engine` would, before the data is read for it."""
     if (config.deepspeed or config.fp16) and not config.plan:
         from minigpt.training.engines.deepspeed_engine import prepare
 
-        prepare(config, model_config.n_embd, torch.device(device).type)
+        prepare(config, model_config.width, torch.device(device).type)
 
 
-def make_engine(model: GPT, config: TrainConfig) -> Engine:
+def make_engine(model: CausalLM, config: TrainConfig) -> Engine:
     """The engine that the configuration asks for: DeepSpeed's for `deepspeed` and `fp16`, else PyTorch's.
 
     Raises:

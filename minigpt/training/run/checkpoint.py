@@ -25,7 +25,7 @@ from minigpt.data.prompts import Template
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import OtherRankFailed, all_or_none, is_main, is_out_of_memory, rank, world_size
 from minigpt.files import read_json, remove, to_disk, whole_file
-from minigpt.model.gpt2 import GPT
+from minigpt.model.base import CausalLM
 from minigpt.training.engines.torch_engine import Engine
 from minigpt.version import __version__
 
@@ -214,7 +214,7 @@ def _load_random_state(path: Path, device: torch.device) -> None:
 
 def export(
     folder: str | Path,
-    model: GPT,
+    model: CausalLM,
     tokenizer: Tokenizer,
     template: Template,
     state_dict: dict[str, Tensor] | None = None,
@@ -222,7 +222,7 @@ def export(
 ) -> None:
     """Writes weights, tokenizer, template and model card.
 
-    The folder opens with `GPT.from_pretrained` and `Tokenizer.from_pretrained`, and with transformers'
+    The folder opens with `load_model` and `Tokenizer.from_pretrained`, and with transformers'
     AutoModelForCausalLM and AutoTokenizer (chat template included).
 
     Args:
@@ -232,24 +232,24 @@ def export(
     """
     folder = Path(folder)
     model.save_pretrained(folder, state_dict)
-    tokenizer.save_pretrained(folder, model_max_length=model.config.n_positions)
+    tokenizer.save_pretrained(folder, model_max_length=model.config.context)
     template.save_pretrained(folder)
     with whole_file(folder / "README.md") as path:
         path.write_text(_card(model, template, training), encoding="utf-8")
 
 
-def _card(model: GPT, template: Template, training: str) -> str:
+def _card(model: CausalLM, template: Template, training: str) -> str:
     config = model.config
     example = [{"role": "user", "content": "Name the capital of France."}, {"role": "assistant", "content": "Paris."}]
     rendered = "".join(segment.text for segment in template.render(example))
     return f"""---
 pipeline_tag: text-generation
-tags: [gpt2, minigpt]
+tags: [{config.MODEL_TYPE}, minigpt]
 ---
 
-# A GPT-2 trained with minigpt {__version__}
+# A {config.NAME} trained with minigpt {__version__}
 
-{config.n_layer} layers, {config.n_embd} wide, {config.n_head} heads, context {config.n_positions}, vocabulary \
+{config.n_layer} layers, {config.width} wide, {config.n_head} heads, context {config.context}, vocabulary \
 {config.vocab_size:,}: {model.num_parameters():,} parameters.
 
 {training}
