@@ -7,7 +7,7 @@ not wait for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from minigpt import moved
+from minigpt.moved import refuse_old_paths
 from minigpt.version import __version__
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from minigpt.training.engines.torch_engine import make_engine
     from minigpt.training.loop import train
 
-moved.install()
+refuse_old_paths()
 
 _HOMES = {
     "minigpt.settings.groups": ["TrainConfig"],

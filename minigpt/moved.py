@@ -21,12 +21,6 @@ MOVED = {  # old module -> new module
     "minigpt.inference.next_token": "minigpt.inference.sampling",
     "minigpt.inference.predict": "minigpt.evaluation.predict",
     "minigpt.inference.serve": "minigpt.serving",
-    "minigpt.inference.serve.answer": "minigpt.serving.requests",
-    "minigpt.inference.serve.app": "minigpt.serving.app",
-    "minigpt.inference.serve.guard": "minigpt.serving.guard",
-    "minigpt.inference.serve.run": "minigpt.serving.server",
-    "minigpt.inference.serve.schema": "minigpt.serving.schema",
-    "minigpt.inference.serve.worker": "minigpt.serving.worker",
     "minigpt.model.hub": "minigpt.model.weights",
     "minigpt.selfinstruct.batch_dir": "minigpt.selfinstruct.run_files",
     "minigpt.selfinstruct.embed": "minigpt.selfinstruct.curation.embed",
@@ -58,5 +52,5 @@ class MovedFinder:
             raise ModuleNotFoundError(f"{name} has moved to {MOVED[name]}", name=name)
 
 
-def install() -> None:
+def refuse_old_paths() -> None:
     sys.meta_path.append(MovedFinder)  # type: ignore[arg-type]  # a class with find_spec is enough

@@ -247,7 +247,7 @@ def test_type_checkers_see_the_same_names():
     used = imports((ROOT / "minigpt" / "__init__.py").read_text(encoding="utf-8"), "minigpt", is_package=True)
     shown = {name.rpartition(".")[::2] for name in used if name.startswith("minigpt.")}
     found = {(home, name) for name, home in minigpt._HOME_OF.items()}
-    assert shown - {("minigpt.version", "__version__")} == found
+    assert shown - {("minigpt.version", "__version__"), ("minigpt.moved", "refuse_old_paths")} == found
 
 
 def test_an_unknown_name_is_an_attribute_error():
