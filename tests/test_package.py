@@ -101,6 +101,15 @@ def test_no_arrow_runs_in_a_circle():
         TopologicalSorter(graph).prepare()
 
 
+def test_the_drawing_in_the_readme_is_of_this_code():
+    spec = importlib.util.spec_from_file_location("house", ROOT / "docs" / "house.py")
+    assert spec is not None
+    assert spec.loader is not None
+    house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(house)
+    assert (ROOT / "docs" / "house.svg").read_text(encoding="utf-8") == house.draw(), "run python docs/house.py"
+
+
 def test_the_scripts_stand_on_the_package_and_not_on_each_other():
     for script in SCRIPTS:
         used = imports((ROOT / f"{script}.py").read_text(encoding="utf-8"), script)
