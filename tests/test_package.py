@@ -14,7 +14,7 @@ import minigpt
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [name for name in ("train", "sft", "selfinstruct", "chat") if (ROOT / f"{name}.py").exists()]
-GROUND = {"api_client", "distributed", "files", "hardware", "settings", "version"}
+GROUND = {"api_client", "distributed", "files", "hardware", "hub", "settings", "version"}
 STANDS_ON = {  # besides the ground, and besides itself
     "ground": set(),
     "data": set(),

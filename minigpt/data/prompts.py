@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minigpt.data.tokenizer import END_OF_TEXT
-from minigpt.files import read_json, resolve_file, whole_file
+from minigpt.files import read_json, whole_file
+from minigpt.hub import resolve_file
 
 TEMPLATE_FILE = "prompt_template.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"

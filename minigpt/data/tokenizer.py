@@ -19,7 +19,8 @@ from typing import Any
 
 import tiktoken
 
-from minigpt.files import read_json, resolve_file, whole_file
+from minigpt.files import read_json, whole_file
+from minigpt.hub import resolve_file
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2 = "openai-community/gpt2"  # of the hub, which also answers to gpt2, its name of old

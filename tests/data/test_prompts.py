@@ -11,7 +11,7 @@ from dataclasses import replace
 import jinja2
 import pytest
 
-from minigpt import files
+from minigpt import hub
 from minigpt.data import prompts
 from minigpt.data.encode import encode_segments, fit_example
 from minigpt.data.prompts import TEMPLATES, Segment, Template, get_template, template_of
@@ -328,7 +328,7 @@ def test_broken_files_are_named_in_one_line(name, tmp_path):
 
 def test_no_such_template(tmp_path, monkeypatch):
     names = "one of alpaca, alpaca-short, hugchat, input-output, io, iio, none, or a folder with prompt_template.json"
-    monkeypatch.setattr(files, "fetch", None)  # a misspelt name asks no hub
+    monkeypatch.setattr(hub, "fetch", None)  # a misspelt name must not query the hub
     for folder in ("alpca", tmp_path, tmp_path / "absent", tmp_path / "absent" / "prompt_template.json"):
         with pytest.raises(ValueError) as caught:
             get_template(folder)

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from minigpt.data.read.json_values import json_values
-from minigpt.files import fetch
+from minigpt.hub import fetch
 
 SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")  # each may be followed by .gz
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]

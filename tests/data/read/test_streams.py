@@ -332,5 +332,5 @@ def test_hub_datasets_that_are_not_there(hub_server):
         "hf://datasets/owner/model/train.jsonl": "owner/model: ",
         "hf://datasets/owner/name@v9/train.jsonl": "owner/name: ",
     }.items():
-        (answer,) = ask(hub_server, name)  # the rest of the sentence is minigpt.files'
+        (answer,) = ask(hub_server, name)  # the rest of the message comes from minigpt.hub
         assert answer.startswith(f"FileNotFoundError {place}")
