@@ -95,7 +95,7 @@ class TokenStore(Sequence[Example]):
             self.offsets = _map(folder / "offsets.bin", np.dtype(np.int64), meta)
             self.prompt_lengths = _map(folder / "prompt_lengths.bin", np.dtype(np.int64), meta)
         except (KeyError, TypeError) as error:
-            raise DamagedStoreError("meta.json has unexpected keys, as written by another version") from error
+            raise DamagedStoreError("meta.json has other keys, as written by another version") from error
         self.lengths = np.diff(self.offsets)
         self.fingerprint = folder.name
 

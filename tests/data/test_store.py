@@ -129,7 +129,7 @@ def test_no_supervised_token_at_all_is_an_error(tmp_path, cache):
 
 
 def test_nothing_but_bad_records_is_an_error(tmp_path, cache):
-    """Regression: raw text raised an IndexError, and conversations the wrong error, "none of the 0 records ..."."""
+    """Regression: raw text raised an IndexError, and conversations said "none of the 0 records ..."."""
     path = write(tmp_path / "data.jsonl", [{"a": 1}, "[]"])
     for build_function in (build, text_store):
         with pytest.raises(ValueError) as caught:
