@@ -90,7 +90,7 @@ def remove(path: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """fsync: after it, a file's content, or a folder's list of names, survives a power cut."""
+    """Calls fsync, so that a file's content, or a folder's list of names, survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

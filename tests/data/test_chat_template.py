@@ -50,8 +50,8 @@ def load_export(tmp_path_factory):
     return load
 
 
-def random_text(draw: random.Random) -> str:
-    return draw.choice(EDGES) + "".join(draw.choices(PIECES, k=draw.randint(0, 8))) + draw.choice(EDGES)
+def random_text(rng: random.Random) -> str:
+    return rng.choice(EDGES) + "".join(rng.choices(PIECES, k=rng.randint(0, 8))) + rng.choice(EDGES)
 
 
 def text_of(template: Template, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -122,15 +122,15 @@ def test_chat_template_renders_the_same_text(name, load_export):
 @pytest.mark.parametrize("name", templates())
 def test_a_single_question_gives_the_same_ids(name, load_export):
     template = templates()[name]
-    tokenizer, draw = load_export(template), random.Random(name)
+    tokenizer, rng = load_export(template), random.Random(name)
     for _ in range(50):
         for with_input, with_system in product((False, True), (False, True)):
             question = {
                 "role": "user",
-                "content": random_text(draw),
-                **({"input": random_text(draw)} if with_input else {}),
+                "content": random_text(rng),
+                **({"input": random_text(rng)} if with_input else {}),
             }
-            system = [{"role": "system", "content": random_text(draw)}] if with_system else []
+            system = [{"role": "system", "content": random_text(rng)}] if with_system else []
             messages = [*system, question]
             assert their_ids(tokenizer, messages) == our_ids(template, messages), messages
 
@@ -139,9 +139,9 @@ def test_a_single_question_gives_the_same_ids(name, load_export):
 def test_a_dialogue_gives_the_same_text(name, load_export):
     """The ids may differ at segment boundaries: we tokenize segments separately, transformers the whole text."""
     template = templates()[name]
-    tokenizer, draw = load_export(template), random.Random(name)
+    tokenizer, rng = load_export(template), random.Random(name)
     for _ in range(20):
-        messages = [{"role": ("user", "assistant")[n % 2], "content": random_text(draw)} for n in range(5)]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": random_text(rng)} for n in range(5)]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert text == text_of(template, messages)
         assert their_ids(tokenizer, messages).count(tokenizer.eos_token_id) == 2

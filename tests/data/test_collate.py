@@ -81,14 +81,14 @@ def test_accepts_every_kind_of_sequence_and_modifies_none():
             torch.tensor([C], dtype=torch.int32),
         ]
 
-    given = sequences()
-    given[2].setflags(write=False)  # like a memory-mapped array
-    batch = collate(given, allowed_max_len=2)
+    originals = sequences()
+    originals[2].setflags(write=False)  # like a memory-mapped array
+    batch = collate(originals, allowed_max_len=2)
     assert batch.inputs.tolist() == [[A, B], [D, F], [A, E], [B, C], [C, E]]
     assert batch.targets.tolist() == [[B, C], [F, E], [E, I], [C, E], [E, I]]
     batch.inputs.fill_(0)
     batch.targets.fill_(0)
-    for sequence, before in zip(given, sequences(), strict=True):
+    for sequence, before in zip(originals, sequences(), strict=True):
         assert type(sequence) is type(before)
         assert list(map(int, sequence)) == list(map(int, before))
 

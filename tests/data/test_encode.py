@@ -202,19 +202,19 @@ def naive(messages, template, max_seq_length) -> Fitted:
     return Fitted(Example(ids[:n], supervised[:n]), cut_left, ids[n:], prompt_length)
 
 
-def random_conversation(draw: random.Random) -> list[dict[str, str]]:
+def random_conversation(rng: random.Random) -> list[dict[str, str]]:
     def text() -> str:
-        return " ".join(draw.choices(["a", "king", "Name", "the", "capital", "1", "é日"], k=draw.randint(1, 12)))
+        return " ".join(rng.choices(["a", "king", "Name", "the", "capital", "1", "é日"], k=rng.randint(1, 12)))
 
-    messages = [{"role": "system", "content": text()}] if draw.random() < 0.3 else []
-    for _ in range(draw.choice([1, 1, 2, 3, 6])):
-        messages += [user(text(), input=draw.choice(["", text()])), assistant(text())]
+    messages = [{"role": "system", "content": text()}] if rng.random() < 0.3 else []
+    for _ in range(rng.choice([1, 1, 2, 3, 6])):
+        messages += [user(text(), input=rng.choice(["", text()])), assistant(text())]
     return messages
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_random_conversations_match_the_reference_implementation(name):
-    draw, template = random.Random(name), get_template(name)
+    rng, template = random.Random(name), get_template(name)
     for _ in range(150):
-        messages, length = random_conversation(draw), draw.choice([1, 2, 5, 20, 40, 60, 80, 120, 200])
+        messages, length = random_conversation(rng), rng.choice([1, 2, 5, 20, 40, 60, 80, 120, 200])
         assert fit_example(messages, template, TOKENIZER, length) == naive(list(messages), template, length)

@@ -16,9 +16,9 @@ def lists(batches) -> list[list[int]]:
 @pytest.mark.parametrize("group_by_length", [True, False])
 @pytest.mark.parametrize("global_batch_size", [1, 2, 3, 8, 64])
 def test_each_example_once_per_epoch_and_the_smaller_batch_last(global_batch_size, group_by_length):
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for size in [0, 1, 2, 3, 7, 8, 9, 63, 64, 65, 255, 256, 257, 64 * 32, 64 * 32 + 1, 5000]:
-        lengths = draw.integers(1, 1000, size)
+        lengths = rng.integers(1, 1000, size)
         for epoch in range(2):
             batches = epoch_global_batches(lengths, global_batch_size, 42, epoch, group_by_length)
             assert sorted(np.concatenate([np.empty(0, int), *batches])) == list(range(size))
@@ -78,9 +78,9 @@ def test_the_order_is_uniform_over_epochs():
 
 
 def test_shard_covers_the_batch_in_order_of_length():
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for size, micro_batch_size in [(1, 1), (7, 2), (8, 2), (8, 3), (5, 8), (64, 16)]:
-        lengths = draw.integers(1, 50, size)
+        lengths = rng.integers(1, 50, size)
         micro_batches = shard(lengths, micro_batch_size)
         indices = np.concatenate(micro_batches)
         assert sorted(indices) == list(range(size))
@@ -93,9 +93,9 @@ def test_shard_covers_the_batch_in_order_of_length():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_ranks_get_equally_many_micro_batches_and_all_of_the_batch(world_size, micro_batch_size):
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for size in range(1, 20):
-        lengths = draw.integers(1, 50, size)
+        lengths = rng.integers(1, 50, size)
         ranks = [shard(lengths, micro_batch_size, rank, world_size) for rank in range(world_size)]
         turns = zip(*ranks, strict=True)  # strict: equally many
         interleaved = [batch.tolist() for turn in turns for batch in turn]

@@ -229,19 +229,19 @@ def test_read_answer_ends_at_the_first_stop_string():
 
 def test_training_and_inference_tokenize_the_prompt_alike():
     """Tokenizing the joined text may merge the prompt's last bytes with the answer's first, which chat never does."""
-    tokenizer, draw = Tokenizer.tiny(), random.Random(0)
+    tokenizer, rng = Tokenizer.tiny(), random.Random(0)
     pieces = ["Name", " the", "capital", " ", "\n", "\n", ".", ":", "é", "日", "😀", END_OF_TEXT, "{", "}", "'s"]
 
     def text() -> str:
-        return "".join(draw.choices(pieces, k=draw.randint(0, 6)))
+        return "".join(rng.choices(pieces, k=rng.randint(0, 6)))
 
     merged, templates = 0, list(TEMPLATES.values())
     for _ in range(100):
-        template, conversations = draw.choice(templates), []
+        template, conversations = rng.choice(templates), []
         for _ in range(100):
-            user, answer = {"role": "user", "content": text(), "input": draw.choice(["", text()])}, text()
+            user, answer = {"role": "user", "content": text(), "input": rng.choice(["", text()])}, text()
             turns = [user, {"role": "assistant", "content": answer}]
-            conversations.append([*draw.choice([[], turns]), *turns])
+            conversations.append([*rng.choice([[], turns]), *turns])
         for messages in conversations:
             fitted = fit_example(messages, template, tokenizer, 1000)
             prompt = encode_segments(template.render(messages[:-1], add_generation_prompt=True), tokenizer).ids

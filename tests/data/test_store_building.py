@@ -313,10 +313,10 @@ print(len(store), peak() - before, peak())
     ],
 )
 def test_memory_is_bounded(megabytes, growth, tmp_path, cache):
-    draw, rows = random.Random(0), []
+    rng, rows = random.Random(0), []
     words = (Path(module.__file__).parents[1] / "assets" / "english.txt").read_text(encoding="utf-8").split()
     for _ in range(1800):
-        some = [" ".join(draw.choices(words, k=draw.randint(1, most))) for most in (40, 120)]
+        some = [" ".join(rng.choices(words, k=rng.randint(1, most))) for most in (40, 120)]
         rows.append({"instruction": some[0], "output": some[1]})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     copies = (megabytes << 20) // len(lines)

@@ -119,7 +119,7 @@ def read_texts(
 def _read(
     path: Path, convert: Callable[[Any], Any], allowed: int, bad_records: list[str], on_bytes: OnBytes | None
 ) -> Iterator[tuple[str, Any]]:
-    """Yields `(source, convert(record))` for each record of a file; skips bad records while fewer than `allowed`."""
+    """Yields `(source, convert(record))` for each record; up to `allowed` bad ones go to `bad_records` instead."""
     last_line = number = 0
     for line, record in read_values(path, on_bytes):
         number = number + 1 if line == last_line else 1  # of the record on its line

@@ -90,24 +90,24 @@ def test_a_seed_task_with_instances_before_the_instruction_is_an_error():
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 def test_any_chunk_size_gives_the_values_of_json_loads(monkeypatch, chunk):
     monkeypatch.setattr(module, "_CHUNK", chunk)
-    draw = random.Random(chunk)
+    rng = random.Random(chunk)
 
     def value(depth):
-        kind = draw.randrange(8 if depth else 6)
+        kind = rng.randrange(8 if depth else 6)
         if kind < 4:
-            return [None, True, draw.uniform(-1e9, 1e-9), draw.randrange(-(10**20), 10**20)][kind]
+            return [None, True, rng.uniform(-1e9, 1e-9), rng.randrange(-(10**20), 10**20)][kind]
         if kind < 6:
             return "".join(
-                draw.choice('ab"\\/\n\t {}[],:\u00e9\u4e2d\u2028\U0001f600') for _ in range(draw.randrange(40))
+                rng.choice('ab"\\/\n\t {}[],:\u00e9\u4e2d\u2028\U0001f600') for _ in range(rng.randrange(40))
             )
         if kind == 6:
-            return [value(depth - 1) for _ in range(draw.randrange(4))]
-        return {f"k{i}": value(depth - 1) for i in range(draw.randrange(4))}
+            return [value(depth - 1) for _ in range(rng.randrange(4))]
+        return {f"k{i}": value(depth - 1) for i in range(rng.randrange(4))}
 
     for _ in range(300):
-        rows = [{"row": i, "value": value(3)} for i in range(draw.randrange(1, 6))]
-        ascii_only = draw.random() < 0.5
-        array = json.dumps(rows, indent=draw.choice([None, 1]), ensure_ascii=ascii_only)
+        rows = [{"row": i, "value": value(3)} for i in range(rng.randrange(1, 6))]
+        ascii_only = rng.random() < 0.5
+        array = json.dumps(rows, indent=rng.choice([None, 1]), ensure_ascii=ascii_only)
         assert values(array) == [(line_of(array, i), row) for i, row in enumerate(rows)]
         lines = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
         assert values(lines) == list(enumerate(rows, 1))

@@ -213,9 +213,9 @@ def test_text_chunks_are_cut_between_tokens(tmp_path, monkeypatch, chunk):
     """GPT-2's pre-tokenizer finds the same words in the chunks as in the whole text."""
     regex = pytest.importorskip("regex")
     words = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-    draw = random.Random(chunk)
+    rng = random.Random(chunk)
     text = "".join(
-        draw.choices(["a", "don't", " ", "  ", "\n", "\n\n", "\t", "42", "!?", "中文", "\u2003", "\x1f"], k=500)
+        rng.choices(["a", "don't", " ", "  ", "\n", "\n\n", "\t", "42", "!?", "中文", "\u2003", "\x1f"], k=500)
     )
     path = write(tmp_path / "data.txt", text)
     monkeypatch.setattr(streams, "_CHUNK", chunk)
