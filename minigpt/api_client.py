@@ -1,10 +1,10 @@
-"""JSON over HTTP to a server that speaks OpenAI's protocol, with patience: time-outs, attempts, pauses.
+"""A client for servers with an OpenAI-compatible API: JSON over HTTP with timeouts, retries and backoff.
 
-The standard library alone, so that asking a model elsewhere needs nothing that training does not.
+Uses the standard library only, so that it adds no dependency.
 
     url = api_url("http://127.0.0.1:8000/v1", "chat/completions")
-    answer = post_json(url, {"model": "minigpt", "messages": messages}, key)
-    answer["choices"][0]["message"]["content"]
+    response = post_json(url, {"model": "minigpt", "messages": messages}, key)
+    response["choices"][0]["message"]["content"]
 """
 
 import json
@@ -26,11 +26,11 @@ from minigpt.version import __version__
 T = TypeVar("T")
 R = TypeVar("R")
 
-LONGEST_PAUSE = 120.0  # seconds between two attempts; a server that wants more is given up
+LONGEST_PAUSE = 120.0  # seconds between two attempts; a longer Retry-After is an error
 
 
 class ApiError(OSError):
-    """A server that refuses, or answers nothing of use at any attempt. `status` is that of HTTP, if it came so far."""
+    """The request was refused, or failed at every attempt. `status` is the HTTP status; None without a response."""
 
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
@@ -38,7 +38,7 @@ class ApiError(OSError):
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """urllib would follow with a GET, and hand the key to whoever it is sent to."""
+    """Not followed, because urllib would send a GET, and the API key to another host."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -51,11 +51,11 @@ def api_url(api_base: str, path: str) -> str:
     """`http://host/v1/` and `chat/completions` -> `http://host/v1/chat/completions`.
 
     Raises:
-        ValueError: `api_base` is no address of HTTP.
+        ValueError: `api_base` is not an HTTP URL.
     """
     parts = urlsplit(api_base)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{api_base!r} is no address of a server, such as http://127.0.0.1:8000/v1")
+        raise ValueError(f"{api_base!r} is not a server URL, such as http://127.0.0.1:8000/v1")
     return f"{api_base.rstrip('/')}/{path}"
 
 
@@ -69,26 +69,26 @@ def post_json(
     first: bool = False,
     sleep: Callable[[float], object] = time.sleep,
 ) -> dict[str, Any]:
-    """Sends an object, and returns the object that comes back.
+    """POSTs a JSON object, and returns the JSON object of the response.
 
-    What may pass is tried again: no connection, no answer in time, half an answer, one that is no JSON, the statuses
-    408, 409, 429 and 500 to 599. The pauses double from a second on, shortened at random so that several askers part;
-    a server's `Retry-After` counts instead.
+    Transient errors are retried: no connection, timeout, a truncated response, a response that is not a JSON object,
+    HTTP 408, 409, 429 and 500 to 599. Backoff is exponential from 1 s, with jitter so that parallel clients spread out;
+    a server's `Retry-After` replaces it.
 
     Args:
         key: sent as `Authorization: Bearer KEY`; never shown in an error.
         timeout: seconds without a byte.
-        attempts: in all.
-        first: nothing has come from there before: where nobody can be reached, there is no other attempt.
-        sleep: waits so many seconds between two of them.
+        attempts: total number, the first included.
+        first: this is the first request to this server, so a failed connection is not retried: the URL may be wrong.
+        sleep: called with the seconds to pause between two attempts.
 
     Raises:
-        ApiError: a refusal that no other attempt will change, or the last attempt's.
-        ValueError: the key is none.
+        ApiError: an error that a retry cannot fix, or the error of the last attempt.
+        ValueError: the key contains characters that an HTTP header cannot.
     """
     key = (key or "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError("the API key holds characters that no key has")
+        raise ValueError("the API key contains a non-ASCII or non-printable character")
     headers = {"Content-Type": "application/json", "User-Agent": f"minigpt/{__version__}"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
@@ -98,24 +98,24 @@ def post_json(
         pause = min(2.0**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
         try:
             with opener.open(request, timeout=timeout) as response:
-                answer = json.loads(response.read())
-            if isinstance(answer, dict):
-                return answer
-            problem, status = "the answer is no JSON object", None
+                content = json.loads(response.read())
+            if isinstance(content, dict):
+                return content
+            problem, status = "the response is not a JSON object", None
         except HTTPError as error:
             problem, status = f"HTTP {error.code}: {_message(error)}", error.code
             if key:
                 problem = problem.replace(key, "***")
             if not (status in (408, 409, 429) or status >= 500) or "insufficient_quota" in problem:
                 raise ApiError(f"{url}: {problem}", status) from None
-            asked = _retry_after(error.headers.get("Retry-After"))
-            if asked is not None and asked > LONGEST_PAUSE:
-                raise ApiError(f"{url}: {problem} (it asks to wait for {asked:,.0f} s)", status) from None
-            pause = pause if asked is None else asked
+            retry_after = _retry_after(error.headers.get("Retry-After"))
+            if retry_after is not None and retry_after > LONGEST_PAUSE:
+                raise ApiError(f"{url}: {problem} (retry after {retry_after:,.0f} s)", status) from None
+            pause = pause if retry_after is None else retry_after
         except ValueError:
-            problem, status = "the answer is not JSON", None
+            problem, status = "the response is not JSON", None
         except (OSError, HTTPException) as error:
-            reason = getattr(error, "reason", error)  # a URLError wraps what happened
+            reason = getattr(error, "reason", error)  # a URLError wraps the cause
             problem, status = f"no answer ({str(reason) or type(reason).__name__})", None
             if isinstance(reason, TimeoutError):
                 problem = f"no answer within {timeout:g} s"
@@ -127,51 +127,51 @@ def post_json(
 
 
 def side_by_side(function: Callable[[T], R], items: Sequence[T], threads: int = 4) -> Iterator[tuple[T, R]]:
-    """Each item and what the function makes of it, as they get done; the first error ends it.
+    """Maps the function over the items in parallel; yields `(item, result)` as each completes, raises the first error.
 
-    The threads wait for servers. Nobody waits for them: Ctrl-C ends the process at once.
+    For functions that wait for a server. The threads are daemons, so Ctrl-C ends the process at once.
     """
-    waiting: SimpleQueue[T] = SimpleQueue()
-    done: SimpleQueue[tuple[T, R | None, Exception | None]] = SimpleQueue()
+    pending: SimpleQueue[T] = SimpleQueue()
+    completed: SimpleQueue[tuple[T, R | None, Exception | None]] = SimpleQueue()
 
     def work() -> None:
         while True:
             try:
-                item = waiting.get_nowait()
+                item = pending.get_nowait()
             except Empty:
                 return
             try:
-                done.put((item, function(item), None))
+                completed.put((item, function(item), None))
             except Exception as error:
-                done.put((item, None, error))
+                completed.put((item, None, error))
 
     for item in items:
-        waiting.put(item)
+        pending.put(item)
     for _ in range(min(threads, len(items))):
         Thread(target=work, daemon=True).start()
     try:
         for _ in items:
-            item, result, error = done.get()
+            item, result, error = completed.get()
             if error is not None:
                 raise error
-            yield item, result  # type: ignore[misc]  # there is one where there is no error
+            yield item, result  # type: ignore[misc]  # without an error there is a result
     finally:
-        while not waiting.empty():  # whoever is no longer waited for asks for nothing more
+        while not pending.empty():  # on an error, or if the caller stops early: cancel the remaining items
             try:
-                waiting.get_nowait()
+                pending.get_nowait()
             except Empty:
                 break
 
 
 def _message(error: HTTPError) -> str:
-    """What the server says of its refusal: OpenAI's `{"error": {"message", "code"}}`, or the text."""
+    """The server's error message: from OpenAI's `{"error": {"message", "code"}}`, else the body, else the reason."""
     try:
         text = error.read(100_000).decode("utf-8", "replace")
     except (OSError, HTTPException):
         text = ""
     try:
-        found = json.loads(text)["error"]
-        text = " ".join(str(found[name]) for name in ("message", "code") if found.get(name))
+        details = json.loads(text)["error"]
+        text = " ".join(str(details[name]) for name in ("message", "code") if details.get(name))
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     text = " ".join(text.split()) or error.reason
@@ -179,7 +179,7 @@ def _message(error: HTTPError) -> str:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """The seconds that a `Retry-After` asks for, given as a number or as a date; None where it is neither."""
+    """Seconds of a `Retry-After` header, which is a number or an HTTP date; None if it is neither."""
     try:
         return max(0.0, float(value or ""))
     except ValueError:

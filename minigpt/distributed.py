@@ -1,7 +1,7 @@
-"""Rank, world and device of this process, what the ranks do together, and output that only rank 0 writes.
+"""Rank, world size and device of this process; process group, reductions, barriers; output on rank 0 only.
 
-torchrun and deepspeed start one process for each GPU and tell it its place in the environment; plain python is a
-world of one.
+torchrun and deepspeed start one process per GPU and set RANK, LOCAL_RANK and WORLD_SIZE; without them, as under plain
+python, the world size is 1.
 """
 
 import os
@@ -30,7 +30,7 @@ def is_main() -> bool:
 
 
 def print0(text: str = "") -> None:
-    """Prints a line, on rank 0 only, at once. A reader that went away (`| head`) does not end the work."""
+    """Prints a line on rank 0 only, and flushes it. A closed pipe (`| head`) does not end the program."""
     if is_main():
         try:
             print(text, flush=True)
@@ -39,9 +39,9 @@ def print0(text: str = "") -> None:
 
 
 def pick_device(name: str | None = None) -> str:
-    """The device of this name, and of this rank; None is the best there is.
+    """The device of this name for this rank (cuda -> cuda:LOCAL_RANK); None picks cuda, else mps, else cpu.
 
-    Raises `ValueError` where PyTorch cannot use it.
+    Raises `ValueError` if PyTorch cannot use it.
     """
     import torch
 
@@ -57,7 +57,7 @@ def pick_device(name: str | None = None) -> str:
 
 
 def start_process_group(device_type: str) -> None:
-    """Joins the ranks, once. Over gloo, and on GPUs over NCCL too: counters travel from CPU to CPU."""
+    """Initializes the process group if it is not yet: gloo for CPU tensors (counters), NCCL for CUDA tensors."""
     import torch
     from torch import distributed
 
@@ -69,17 +69,17 @@ def start_process_group(device_type: str) -> None:
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    store = distributed.HashStore() if world_size() == 1 else _meet()
+    store = distributed.HashStore() if world_size() == 1 else _rendezvous()
     distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
 
 
-def _meet() -> "Store":
-    """The ranks' store, once all have come: one node may tokenize for hours what another finds in its cache."""
+def _rendezvous() -> "Store":
+    """Waits for all ranks, and returns their store. One node may tokenize for hours what another has in its cache."""
     from torch import distributed
 
-    patience = timedelta(days=2)  # PyTorch's own ends after half an hour, and NCCL's after ten minutes
-    store, *_ = next(distributed.rendezvous("env://", timeout=patience))
-    group = (store.add("minigpt/here", 1) - 1) // world_size()  # 0, or another one after it was closed
+    timeout = timedelta(days=2)  # PyTorch's default is 30 minutes, NCCL's 10
+    store, *_ = next(distributed.rendezvous("env://", timeout=timeout))
+    group = (store.add("minigpt/here", 1) - 1) // world_size()  # 0; 1 for the next process group after close(), ...
     while store.add("minigpt/here", 0) < (group + 1) * world_size():
         time.sleep(0.1)
     store.set_timeout(timedelta(minutes=30))
@@ -87,7 +87,7 @@ def _meet() -> "Store":
 
 
 def sum_over_ranks(*values: float) -> list[float]:
-    """Each value summed over all ranks, which all call this; whole numbers stay exact."""
+    """All-reduce: each value summed over all ranks, which must all call it. In float64, so integers stay exact."""
     if world_size() == 1:
         return list(values)
     import torch
@@ -99,22 +99,22 @@ def sum_over_ranks(*values: float) -> list[float]:
 
 
 class OtherRankFailed(RuntimeError):
-    """Another rank had the error that ends this one, and tells of it."""
+    """This rank stops because another rank failed; that rank reports the error."""
 
 
 class OutOfMemory(RuntimeError):
-    """The device has too little memory; the message says what takes less."""
+    """The device has too little memory; the message says which settings need less."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is PyTorch's `OutOfMemoryError`, or what CPU, MPS, cuBLAS or NCCL raise instead of it."""
-    signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    """Whether this is PyTorch's `OutOfMemoryError`, or the RuntimeError that CPU, MPS, cuBLAS or NCCL raise instead."""
+    phrases = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
 
 
 @contextmanager
 def explained_if_out_of_memory(advice: str) -> Iterator[None]:
-    """Turns PyTorch's error into an `OutOfMemory` that says `advice`."""
+    """Turns PyTorch's out-of-memory errors into an `OutOfMemory` whose message is `advice`."""
     try:
         yield
     except RuntimeError as error:
@@ -124,23 +124,23 @@ def explained_if_out_of_memory(advice: str) -> Iterator[None]:
 
 
 def fails_alone(device_type: str) -> bool:
-    """Whether this rank is ending with an error on GPUs while others may still run: its process group is left as it is.
+    """Whether this rank is exiting with an error on a GPU while others may still run; if so, skip destroying the group.
 
-    Call it while the error is being handled. Destroying NCCL's communicators waits for all ranks (`ncclCommDestroy`),
-    and those wait for this rank in a collective: a deadlock. If this process just exits, its launcher ends the others.
-    With gloo, a closed connection is an error in the others.
+    Call it while the exception is being handled. Destroying NCCL's communicators waits for all ranks
+    (`ncclCommDestroy`), and those wait for this rank in a collective: a deadlock. If this process just exits, its
+    launcher kills the others. With gloo, the closed connection raises an error in the other ranks.
     """
     return device_type == "cuda" and world_size() > 1 and isinstance(sys.exc_info()[1], Exception)
 
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """What one rank fails at, all fail at: none is left waiting for it. Every rank enters and leaves the block."""
+    """Barrier after the block: if one rank raises, all raise, so that none waits forever. Every rank must enter it."""
     error: Exception | None = None
     try:
         yield
-    except Exception as caught:
-        error = caught
+    except Exception as raised:
+        error = raised
     failed = int(sum_over_ranks(error is not None)[0])
     if error is not None:
         raise error
@@ -149,7 +149,7 @@ def all_or_none() -> Iterator[None]:
 
 
 def progress_bar(total: int | None, unit: str, description: str, unit_scale: bool = False, initial: int = 0) -> "tqdm":
-    """A tqdm bar on standard error: on rank 0, and only where that is a terminal."""
+    """A tqdm bar on standard error: on rank 0, and only if that is a terminal."""
     from tqdm import tqdm
 
     return tqdm(
@@ -165,6 +165,6 @@ def progress_bar(total: int | None, unit: str, description: str, unit_scale: boo
 
 
 def clock(seconds: float) -> str:
-    """A length of time as `1:02:03`."""
+    """A duration as `H:MM:SS`, such as `1:02:03`."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,8 +1,8 @@
-"""What this machine computes fast: which precision, with how many threads.
+"""Measures which precision and how many threads are fast on this machine.
 
 bf16 doubles the speed if the processor has instructions for it, and takes a hundred times as long if it is emulated
-(any x86 CPU without AVX512-BF16 or AMX). The CPU's flags do not decide it, because oneDNN may be told not to use them.
-So there is no table of processors here: a small product is timed.
+(any x86 CPU without AVX512-BF16 or AMX). CPU flags are not enough to tell, because oneDNN can be configured not to use
+these instructions. So a small matrix product is timed instead of looking the processor up in a table.
 """
 
 import os
@@ -13,31 +13,31 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-# How OpenMP's threads wait: OMP_WAIT_POLICY is the standard's variable, GOMP_SPINCOUNT that of GNU's library, which
-# torch's wheels for Linux contain. 5,000 rounds are about 0.1 ms: between two products of a training step or a token
-# threads stay awake, but they do not hold a core that another process needs (figures: benchmarks/LOG.md).
+# How OpenMP's threads wait: OMP_WAIT_POLICY is standard OpenMP, GOMP_SPINCOUNT is GNU's libgomp, which torch's wheels
+# for Linux bundle. Spinning 5,000 times takes about 0.1 ms: long enough to stay awake between two matrix products of a
+# training step or token, short enough to free a core that another process needs (figures: benchmarks/LOG.md).
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
-TIMING_SECONDS = 0.1  # for each kind of product
+TIMING_SECONDS = 0.1  # for each timed product
 CPU_PRODUCT = 256, 512  # rows, width
-GPU_PRODUCT = 2048, 2048  # smaller ones take as long as their launch, in every precision
-EMULATED = 1.5  # times as long as fp32; a little above 1, bf16 may still pay, because it halves the bytes
-THREADS_PRODUCT = 704, 512  # a step of the demo has 704 rows
-BUSY = 0.8  # of the time of all threads: below it, half of them are faster by more than noise
+GPU_PRODUCT = 2048, 2048  # smaller ones measure only the kernel launch, the same in every precision
+EMULATED = 1.5  # bf16/fp32 time from which to warn; bf16 a little slower may still pay off, because it halves the bytes
+THREADS_PRODUCT = 704, 512  # a training step of the demo has 704 rows
+BUSY = 0.8  # half the threads are faster by more than noise if they take less than this share of the time
 
 
 def set_thread_waiting() -> None:
-    """Makes OpenMP's threads sleep while they wait for one another, unless the user chose; before torch is imported.
+    """Makes waiting OpenMP threads sleep instead of spin, unless the user set a policy. Call it before importing torch.
 
-    By default they spin: a step of two threads takes many times as long once another process computes on one of the
+    With spinning, the default, a step on two threads takes many times as long once another process uses one of the
     cores (`benchmarks/busy.py`). Scripts, examples and benchmarks call this; `import minigpt` does not, because a
-    library must not change its host's process.
+    library must not change the environment of its host process.
     """
     if not any(name in os.environ for name in (*WAITING, "KMP_BLOCKTIME")):
         os.environ.update(WAITING)
 
 
 def product_seconds(dtype: "torch.dtype", device: str, rows: int, width: int) -> float:
-    """Mean seconds of a (rows,width) x (width,width) product, over about `TIMING_SECONDS`."""
+    """Mean seconds of a (rows,width) @ (width,width) product, timed for about `TIMING_SECONDS`."""
     import torch
 
     device_type = torch.device(device).type
@@ -50,7 +50,7 @@ def product_seconds(dtype: "torch.dtype", device: str, rows: int, width: int) ->
             getattr(torch, device_type).synchronize()
 
     with torch.no_grad():
-        multiply()  # the first one prepares the kernel
+        multiply()  # warm-up: the first call loads the kernel
         count, seconds, start = 0, 0.0, time.perf_counter()
         while count == 0 or seconds < TIMING_SECONDS:
             multiply()
@@ -60,7 +60,7 @@ def product_seconds(dtype: "torch.dtype", device: str, rows: int, width: int) ->
 
 @cache
 def bf16_seconds_ratio(device: str = "cpu") -> float:
-    """How many times as long a product takes in bf16 as in fp32, on this machine and now."""
+    """Time of a matrix product in bf16 divided by its time in fp32, measured once per process and device."""
     import torch
 
     rows, width = CPU_PRODUCT if torch.device(device).type == "cpu" else GPU_PRODUCT
@@ -69,12 +69,12 @@ def bf16_seconds_ratio(device: str = "cpu") -> float:
 
 
 def fastest_precision(device: str = "cpu") -> Literal["bf16", "fp32"]:
-    """bf16 if a product takes no longer in it than in fp32, on this machine and now."""
+    """bf16 if a matrix product is at least as fast in it as in fp32."""
     return "bf16" if bf16_seconds_ratio(device) <= 1 else "fp32"
 
 
 def bf16_warning(device: str = "cpu") -> str | None:
-    """A line that says how much slower bf16 is than fp32 here, if it is."""
+    """A line that says how much slower bf16 is than fp32, or None if it is not emulated."""
     ratio = bf16_seconds_ratio(device)
     if ratio < EMULATED:
         return None
@@ -82,17 +82,17 @@ def bf16_warning(device: str = "cpu") -> str | None:
 
 
 def threads_warning(device: str = "cpu") -> str | None:
-    """A line that says how many threads compute, if OMP_NUM_THREADS holds them below the cores (torchrun and DeepSpeed
-    set it to 1), or if fewer would be faster now.
+    """A line about the number of threads, or None if it is fine.
 
-    The latter is so while another process uses the cores; two products are timed to see it.
+    There are two reasons to warn: OMP_NUM_THREADS is below the number of cores (torchrun and DeepSpeed set it to 1), or
+    half the threads are faster at present, because another process uses the cores; that is measured by timing.
     """
     import torch
 
     if device != "cpu":
         return None
     threads, cores = torch.get_num_threads(), available_cores()
-    if threads < cores and "OMP_NUM_THREADS" in os.environ:  # else torch chose, such as one for each physical core
+    if threads < cores and "OMP_NUM_THREADS" in os.environ:  # if unset, torch chose, such as one per physical core
         return f"threads: {threads} in each process (OMP_NUM_THREADS={threads}), on {cores} cores"
     half = threads // 2
     if half == 0:
@@ -111,5 +111,5 @@ def threads_warning(device: str = "cpu") -> str | None:
 
 
 def available_cores() -> int:
-    """The cores that this process may use; of a core with two hardware threads, both count."""
+    """Number of logical cores that this process may use (its CPU affinity); hyper-threads count."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

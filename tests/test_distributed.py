@@ -1,4 +1,4 @@
-"""Rank, world and device, and output of rank 0 alone."""
+"""Rank, world size and device; reductions over ranks; output on rank 0 only."""
 
 import pytest
 
@@ -16,7 +16,7 @@ from minigpt.distributed import (
 from .ranks import on_ranks
 
 
-def test_one_process_is_the_first_of_one(monkeypatch, capsys):
+def test_without_a_launcher_rank_is_0_and_world_size_1(monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert (rank(), world_size(), is_main()) == (0, 1, True)
@@ -24,7 +24,7 @@ def test_one_process_is_the_first_of_one(monkeypatch, capsys):
     assert capsys.readouterr().out == "hello\n"
 
 
-def test_the_others_are_silent(monkeypatch, capsys):
+def test_print0_prints_nothing_on_other_ranks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert (rank(), world_size(), is_main()) == (1, 4, False)
@@ -32,19 +32,19 @@ def test_the_others_are_silent(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_device_of_a_name():
+def test_pick_device():
     assert pick_device("cpu") == "cpu"
     assert pick_device() in ("cuda", "mps", "cpu")
 
 
 @pytest.mark.parametrize("name", ["gpu", "cpux", "cuda:999"])
-def test_a_device_that_is_not_there_is_named(name):
+def test_an_unavailable_device_is_an_error_that_names_it(name):
     with pytest.raises(ValueError) as caught:
         pick_device(name)
     assert str(caught.value) == f"--device {name}: this PyTorch has no such device here (cuda, cpu or mps)"
 
 
-def test_several_processes_on_one_apple_gpu_are_refused(monkeypatch):
+def test_mps_refuses_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started, and mps is one device: use --device cpu"):
         start_process_group("mps")
@@ -52,14 +52,14 @@ def test_several_processes_on_one_apple_gpu_are_refused(monkeypatch):
 
 def sums():
     start_process_group("cpu")
-    start_process_group("cpu")  # once is enough, twice does no harm
+    start_process_group("cpu")  # a second call does nothing
     return sum_over_ranks(rank(), 2**40 + 1, 0.5)
 
 
 def test_sums_over_ranks_are_exact():
     """In fp32 a count of tokens is exact up to 2^24."""
     assert on_ranks(3, sums) == [[3, 3 * (2**40 + 1), 1.5]] * 3
-    assert sum_over_ranks(1, 2.5) == [1, 2.5]  # alone, and without a process group
+    assert sum_over_ranks(1, 2.5) == [1, 2.5]  # one process, no process group
 
 
 def one_rank_fails(failing):
@@ -73,12 +73,12 @@ def one_rank_fails(failing):
     return None
 
 
-def test_what_one_rank_fails_at_all_fail_at():
-    """The others waited for it in the next collective, for half an hour."""
-    other = ("OtherRankFailed", "rank {} stops, because 1 of 3 ranks failed")
+def test_all_or_none_raises_on_every_rank_if_one_fails():
+    """Regression: the others waited in the next collective until its timeout of half an hour."""
+    name, message = "OtherRankFailed", "rank {} stops, because 1 of 3 ranks failed"
     assert on_ranks(3, one_rank_fails, (1,)) == [
-        (other[0], other[1].format(0)),
+        (name, message.format(0)),
         ("ValueError", "rank 1: the disk is full"),
-        (other[0], other[1].format(2)),
+        (name, message.format(2)),
     ]
     assert on_ranks(2, one_rank_fails, ()) == [None, None]

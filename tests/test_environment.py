@@ -35,7 +35,7 @@ def test_version(script):
     assert python(str(ROOT / script), "--version") == f"minigpt {__version__}\n"
 
 
-FIND = "from minigpt.files import resolve_file; print(resolve_file('owner/model', 'config.json'))"
+FIND = "from minigpt.hub import resolve_file; print(resolve_file('owner/model', 'config.json'))"
 
 
 def test_hf_home_and_hf_token(hub_server, tmp_path):

@@ -1,4 +1,4 @@
-"""What the machine computes fast, with the products' seconds made up."""
+"""Choosing precision and threads, with faked timings."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ SECONDS = {torch.float32: 0.002, torch.bfloat16: 0.3}
 
 @pytest.fixture
 def seconds(monkeypatch):
-    """Seconds of a product by dtype and number of threads, to be changed."""
+    """Fake seconds per product, by dtype or by number of threads; tests modify it."""
     table = dict(SECONDS)
     monkeypatch.setattr(
         hardware, "product_seconds", lambda dtype, *_, **__: table.get(torch.get_num_threads(), table[dtype])
@@ -25,20 +25,20 @@ def seconds(monkeypatch):
     hardware.bf16_seconds_ratio.cache_clear()
 
 
-def test_a_product_is_really_timed():
-    few, many = (hardware.product_seconds(torch.float32, "cpu", rows, width=256) for rows in (1, 1024))
-    assert 0 < few < many
+def test_product_seconds_grows_with_the_rows():
+    small, large = (hardware.product_seconds(torch.float32, "cpu", rows, width=256) for rows in (1, 1024))
+    assert 0 < small < large
 
 
-def test_bf16_that_is_emulated_is_said_with_the_factor(seconds):
+def test_bf16_warning_gives_the_slowdown(seconds):
     assert hardware.bf16_warning() == "bf16 is emulated here: a product takes 150 times as long as in fp32"
     hardware.bf16_seconds_ratio.cache_clear()
     seconds[torch.bfloat16] = 0.001
     assert hardware.bf16_warning() is None
 
 
-def test_on_a_gpu_the_product_is_one_that_takes_longer_than_its_launch(monkeypatch):
-    """Of 256 x 512 x 512 a GPU needs a few microseconds in either precision, and noise would choose."""
+def test_gpu_times_a_product_large_enough_to_outlast_its_launch(monkeypatch):
+    """256 x 512 x 512 takes a GPU a few microseconds in either precision, so noise would decide."""
     shapes = []
     monkeypatch.setattr(hardware, "product_seconds", lambda dtype, device, *shape: shapes.append(shape) or 1.0)
     hardware.bf16_seconds_ratio.__wrapped__("cuda:0")
@@ -47,19 +47,19 @@ def test_on_a_gpu_the_product_is_one_that_takes_longer_than_its_launch(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("threads", "limited", "cores", "halved", "said"),
+    ("threads", "limited", "cores", "halved", "message"),
     [
         (1, True, 2, None, "threads: 1 in each process (OMP_NUM_THREADS=1), on 2 cores"),
-        (1, False, 2, None, None),  # two hardware threads of one core: torch starts one thread
+        (1, False, 2, None, None),  # hyper-threading: torch starts one thread per physical core
         (1, True, 1, None, None),
-        (4, False, 4, 0.003, None),  # a quiet machine
+        (4, False, 4, 0.003, None),  # an idle machine
         (
             *(4, False, 4, 0.001),
             "threads: 4, and 2 would be faster while another process uses the cores (OMP_NUM_THREADS=2)",
         ),
     ],
 )
-def test_threads_are_said_where_fewer_than_the_cores_help(monkeypatch, seconds, threads, limited, cores, halved, said):
+def test_threads_warning(monkeypatch, seconds, threads, limited, cores, halved, message):
     monkeypatch.setattr(hardware, "available_cores", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if limited:
@@ -69,7 +69,7 @@ def test_threads_are_said_where_fewer_than_the_cores_help(monkeypatch, seconds, 
         seconds[threads // 2] = halved
     torch.set_num_threads(threads)
     try:
-        assert hardware.threads_warning("cpu") == said
+        assert hardware.threads_warning("cpu") == message
         assert torch.get_num_threads() == threads
         assert hardware.threads_warning("cuda:0") is None
     finally:
@@ -83,17 +83,17 @@ def test_threads_are_said_where_fewer_than_the_cores_help(monkeypatch, seconds, 
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
         ({"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
     ],
-    ids=["unset", "the user's", "the user's, by another name"],
+    ids=["unset", "user sets OMP_WAIT_POLICY", "user sets GOMP_SPINCOUNT"],
 )
-def test_an_entry_point_lets_threads_sleep_and_an_import_does_not(given, expected):
-    """A thread that spins for another that has no core takes eight times as long (traps, OpenMP)."""
+def test_set_thread_waiting_changes_the_environment_and_an_import_does_not(given, expected):
+    """Spinning for a thread that has no core of its own makes a step take eight times as long."""
     environment = {name: value for name, value in os.environ.items() if name not in hardware.WAITING} | given
     script = "import os, minigpt, {}; print({{n: v for n, v in os.environ.items() if n in h.WAITING}})"
-    for line, wanted in (
+    for imported, variables in (
         ("minigpt.hardware as h", given),
         ("minigpt.hardware as h; h.set_thread_waiting()", expected),
     ):
         done = subprocess.run(
-            [sys.executable, "-c", script.format(line)], env=environment, check=True, capture_output=True, text=True
+            [sys.executable, "-c", script.format(imported)], env=environment, check=True, capture_output=True, text=True
         )
-        assert ast.literal_eval(done.stdout) == wanted
+        assert ast.literal_eval(done.stdout) == variables

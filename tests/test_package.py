@@ -16,7 +16,7 @@ from minigpt.moved import MOVED
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [name for name in ("train", "sft", "selfinstruct", "chat") if (ROOT / f"{name}.py").exists()]
-GROUND = {"api_client", "moved", "distributed", "files", "hardware", "settings", "version"}
+GROUND = {"api_client", "distributed", "files", "hardware", "hub", "moved", "settings", "version"}
 STANDS_ON = {  # besides the ground, and besides itself
     "ground": set(),
     "data": set(),

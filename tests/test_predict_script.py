@@ -75,7 +75,7 @@ def test_flags_that_do_not_go_together(work, line, message):
 
 def test_a_judge_without_an_address_is_refused_before_anything_is_answered(work):
     judge = ("--judge_api_base", "localhost:8000/v1", "--judge_model", "j")
-    message = "'localhost:8000/v1' is no address of a server, such as http://127.0.0.1:8000/v1"
+    message = "'localhost:8000/v1' is not a server URL, such as http://127.0.0.1:8000/v1"
     found = work.bad("sft.py", "--model_name_or_path", "model", "--predict", "held.json", "--output_dir", "no", *judge)
     assert found == (1, message)
     assert not (work.folder / "no").exists()

@@ -66,5 +66,5 @@ def test_every_public_corpus_is_read_at_its_address(hub_server, tmp_path):
     assert next(read_records(hugnlp)).messages == bird
     for record in ORIGINALS:
         hugnlp.write_text(json.dumps(record))
-        with pytest.raises(ValueError, match='a record of no known format, found "question"'):
+        with pytest.raises(ValueError, match='a record of unknown format, found "question"'):
             list(read_records(hugnlp))

@@ -1,1 +1,1 @@
-"""Text in, `Batch` out: tokenizer, records, prompts, dataset, collate."""
+"""Text in, `Batch` out: read, tokenizer, prompts, encode, store, order, collate."""

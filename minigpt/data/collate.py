@@ -1,7 +1,7 @@
-"""Sequences in, one `Batch` out: append the end, pad, shift by one, ignore the padding.
+"""Collates sequences into a `Batch`: append end-of-text, pad, shift by one, mask the padding.
 
-Padding is masked by position and never by value: GPT-2 pads with its end-of-text, and masking by value would hide
-the one token that teaches a model to stop (transformers issue 23530).
+Padding is masked by position, never by value: GPT-2's pad token is its end-of-text token, and masking by value would
+hide the only token that teaches a model to stop (transformers issue 23530).
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from minigpt.data.encode import Example
 
 
 class Batch(NamedTuple):
-    """What one forward pass reads."""
+    """The input of one forward pass."""
 
     inputs: Tensor
     """(B,T) int64 token ids."""
     targets: Tensor
-    """(B,T) int64: at each position the token that comes next; -100 where nothing is to be learnt."""
+    """(B,T) int64: the next token at each position, or -100 at positions without a loss."""
 
 
 def collate(
@@ -29,26 +29,26 @@ def collate(
     ignore_index: int = -100,
     allowed_max_len: int | None = None,
 ) -> Batch:
-    """Right-pads sequences to the longest one and shifts them against themselves.
+    """Right-pads sequences to the longest one; targets are the inputs shifted left by one.
 
-    A plain sequence gets the end-of-text appended unless it already ends in it, and all of it is supervised. An
-    `Example` is taken as it is: it carries its own end, or was cut before it.
+    A plain sequence gets end-of-text appended unless it already ends with it, and is supervised throughout. An
+    `Example` gets nothing appended: it already ends with its end-of-text, or was truncated before it.
 
     >>> collate([[1, 2, 3], [4, 5]])  # doctest: +NORMALIZE_WHITESPACE
     Batch(inputs=tensor([[    1,     2,     3], [    4,     5, 50256]]),
           targets=tensor([[    2,     3, 50256], [    5, 50256,  -100]]))
 
     Args:
-        batch: Examples, or id sequences (lists, tuples, arrays, tensors); none of them is changed.
-        pad_token_id: padding, and the end of a plain sequence.
-        ignore_index: the target that the loss passes over.
-        allowed_max_len: at most this many positions T; what is longer is cut on the right.
+        batch: Examples, or id sequences (lists, tuples, arrays, tensors); they are not modified.
+        pad_token_id: the padding, and the end-of-text appended to a plain sequence.
+        ignore_index: the target value that the loss ignores.
+        allowed_max_len: maximum number of positions T; longer sequences are truncated on the right.
 
     Returns:
         `Batch(inputs, targets)`, both (B,T) int64 on the CPU.
 
     Raises:
-        ValueError: an empty batch, a sequence with nothing left after the shift, or a cap below 1.
+        ValueError: an empty batch, a sequence with no token left after the shift, or `allowed_max_len` below 1.
     """
     if len(batch) == 0:
         raise ValueError("the batch is empty: there is nothing to collate")
@@ -66,7 +66,7 @@ def collate(
             supervised = torch.ones_like(ids, dtype=torch.bool)
         if len(ids) < 2:
             raise ValueError(f"sequence {index} of the batch has no token left to predict after the shift")
-        if allowed_max_len is not None:  # the shift eats one
+        if allowed_max_len is not None:  # + 1: the shift consumes one
             ids, supervised = ids[: allowed_max_len + 1], supervised[: allowed_max_len + 1]
         rows.append((ids, supervised))
     longest = max(len(ids) for ids, _ in rows) - 1

@@ -1,4 +1,4 @@
-"""Conversations in, examples out: encoded segment by segment, joined, cut to length."""
+"""Encodes conversations as Examples: each segment tokenized on its own, concatenated, truncated to a length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Mask = Sequence[bool] | np.ndarray
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and which of them the model learns to write."""
+    """Token ids, and a mask of those that are supervised (that the loss counts)."""
 
     ids: Ids
     supervised: Mask
@@ -26,7 +26,7 @@ class Example:
 
 
 class Encoding(NamedTuple):
-    """How a conversation becomes an example: the settings of `encode_example`."""
+    """The settings of `encode_example` in one tuple."""
 
     template: Template
     tokenizer: Tokenizer
@@ -36,18 +36,18 @@ class Encoding(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitted:
-    """An example cut to its limit, and the ids that were cut off on either side of it."""
+    """An example truncated to its maximum length, and the ids that were cut off on the left and right."""
 
     example: Example | None
-    """None where no supervised token was left."""
+    """None if no supervised token was left."""
     cut_left: list[int]
     cut_right: list[int]
     prompt_length: int
-    """Ids before the first answer; 0 in a text."""
+    """Number of ids before the first answer; 0 for plain text."""
 
 
 def encode_segments(segments: Sequence[Segment], tokenizer: Tokenizer) -> Example:
-    """Each segment on its own, joined. This is what training reads, and what chat asks."""
+    """Tokenizes each segment separately and concatenates. Training and chat share it, so they get the same ids."""
     return _join(segments, _encode(segments, tokenizer))
 
 
@@ -58,20 +58,20 @@ def encode_example(
     max_seq_length: int,
     train_on_prompt: bool = False,
 ) -> Example | None:
-    """A conversation as ids, at most `max_seq_length` + 1 of them, because the shift eats one.
+    """Encodes a conversation as at most `max_seq_length` + 1 ids, because the shift consumes one.
 
-    What is too long loses its oldest whole turns first, then the prompt's left end, and last the answer's right end;
-    never the answer's beginning.
+    If it is too long, the oldest whole turns are dropped first, then the prompt is truncated on the left, and last the
+    answer on the right; the beginning of the answer is always kept.
 
     Args:
-        conversation: messages, as `read_records` gives them.
-        template: how they are written out.
-        tokenizer: how that becomes ids.
-        max_seq_length: positions that the model is to look at.
-        train_on_prompt: the whole text is supervised, and not the answers alone.
+        conversation: messages, as `read_records` yields them.
+        template: renders the messages as text.
+        tokenizer: encodes the text as ids.
+        max_seq_length: number of positions in the model's input.
+        train_on_prompt: supervise the whole text, not only the answers.
 
     Returns:
-        The example, or None where no supervised token was left.
+        The example, or None if no supervised token was left.
     """
     return fit_example(conversation.messages, template, tokenizer, max_seq_length, train_on_prompt).example
 
@@ -83,29 +83,29 @@ def fit_example(
     max_seq_length: int,
     train_on_prompt: bool = False,
 ) -> Fitted:
-    """`encode_example`, which also says what was cut."""
+    """Like `encode_example`, and also returns what was cut off."""
     limit = max_seq_length + 1
     segments = template.render(messages)
     whole = pieces = _encode(segments, tokenizer)
 
-    # ---- the oldest turns, each of them a prompt, an answer and its end; the system message stays
+    # ---- drop the oldest turns (each is 3 segments: prompt, answer, end-of-text); keep the system message
     system = [message for message in messages[:1] if message["role"] == "system"]
     dropped = 0
     while sum(map(len, pieces)) > limit and len(pieces) > 3:
         dropped += 1
         turn = messages[len(system) + 2 * dropped :][:2]
-        first = template.render([*system, *turn])[:1]  # what begins a conversation stands before this turn now
+        first = template.render([*system, *turn])[:1]  # now the first turn: it gets the system text or preamble
         pieces = [*_encode(first, tokenizer), *whole[3 * dropped + 1 :]]
     segments = segments[3 * dropped :]
     cut_left = [i for piece in whole[: 3 * dropped] for i in piece]
 
-    # ---- then the prompt's left end, then the answer's right end
+    # ---- then truncate the prompt on the left, then the answer on the right
     joined = _join(segments, pieces)
     ids, supervised = list(joined.ids), list(joined.supervised)
     if train_on_prompt:
         supervised = [True] * len(ids)
-    prompt = len(pieces[0]) if len(segments) >= 3 else 0  # a text has no prompt
-    left = min(max(0, len(ids) - limit), max(0, prompt - 1))  # one token stays: the answer's first follows it
+    prompt = len(pieces[0]) if len(segments) >= 3 else 0  # plain text has no prompt
+    left = min(max(0, len(ids) - limit), max(0, prompt - 1))  # keep one token to predict the answer's first from
     cut_left += ids[:left]
     cut_right = ids[left + limit :]
     ids, supervised = ids[left : left + limit], supervised[left : left + limit]
@@ -114,7 +114,7 @@ def fit_example(
 
 
 def _encode(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of each segment."""
+    """The ids of each segment, tokenized separately."""
     return [[tokenizer.special_tokens[s.text]] if s.special else tokenizer.encode(s.text) for s in segments]
 
 

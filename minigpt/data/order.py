@@ -1,8 +1,9 @@
-"""The order of data: which examples one optimizer step sees, and how they are dealt out.
+"""The order of the training data: which examples one optimizer step sees, and how they are split over ranks.
 
-A window is what one step sees. Windows depend on the seed, the epoch and the window's size alone, and dealing a
-window to ranks and micro-batches happens inside it. So however the same window is cut, the step is the same, and any
-epoch's order is there at once, without reading what came before.
+A global batch is what one optimizer step sees: micro-batch size x gradient accumulation x ranks. Global batches depend
+only on the seed, the epoch and the global batch size; sharding over ranks and micro-batches happens within one. So the
+same global batch gives the same step however it is split, and any epoch's order is computed without reading the epochs
+before it.
 """
 
 from collections.abc import Sequence
@@ -10,56 +11,57 @@ from functools import lru_cache
 
 import numpy as np
 
-SORTED_WINDOWS = 32  # windows drawn from one sorted pool: similar lengths, still random company
+BATCHES_PER_POOL = 32  # global batches cut from one pool sorted by length: similar lengths, but still a random mix
 
 
-def epoch_windows(
-    lengths: Sequence[int] | np.ndarray, window_size: int, seed: int, epoch: int, group_by_length: bool = True
+def epoch_global_batches(
+    lengths: Sequence[int] | np.ndarray, global_batch_size: int, seed: int, epoch: int, group_by_length: bool = True
 ) -> list[np.ndarray]:
-    """Indices of all examples, each once, in windows of `window_size`; the last window may be short.
+    """Indices of all examples, each once, in global batches of `global_batch_size`; the last one may be smaller.
 
-    With `group_by_length` the shuffled examples are sorted by length in pools of 32 windows, cut into windows, and
-    the windows shuffled: less padding, and the order stays random.
+    With `group_by_length` the shuffled examples are divided into pools of 32 global batches, each pool is sorted by
+    length and cut into global batches, and these are shuffled: less padding, and the order stays random.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     if not group_by_length:
-        return _cut(order, window_size)
+        return _chunks(order, global_batch_size)
     lengths = np.asarray(lengths)
-    full, rest = np.split(order, [len(order) - len(order) % window_size])
-    pools = _cut(full, window_size * SORTED_WINDOWS)
-    windows = [w for pool in pools for w in _cut(pool[np.argsort(lengths[pool], kind="stable")], window_size)]
-    random.shuffle(windows)
-    return [*windows, rest] if len(rest) else windows
+    full, rest = np.split(order, [len(order) - len(order) % global_batch_size])
+    global_batches: list[np.ndarray] = []
+    for pool in _chunks(full, global_batch_size * BATCHES_PER_POOL):
+        global_batches += _chunks(pool[np.argsort(lengths[pool], kind="stable")], global_batch_size)
+    random.shuffle(global_batches)
+    return [*global_batches, rest] if len(rest) else global_batches
 
 
 def shard(
     lengths: Sequence[int] | np.ndarray, micro_batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[np.ndarray]:
-    """A rank's micro-batches of a window's places, neighbours in length together.
+    """This rank's micro-batches of a global batch, as indices into `lengths`; similar lengths share a micro-batch.
 
-    All ranks get equally many, so that none waits for another; where nothing is left, one is empty.
+    Every rank gets the same number of micro-batches, so that no rank waits in a collective; the missing ones are empty.
 
-    >>> [places.tolist() for places in deal([9, 2, 8, 3], 2)]
+    >>> [indices.tolist() for indices in shard([9, 2, 8, 3], 2)]
     [[1, 3], [2, 0]]
-    >>> [[places.tolist() for places in deal([9, 2, 8], 1, rank, 2)] for rank in (0, 1)]
+    >>> [[indices.tolist() for indices in shard([9, 2, 8], 1, rank, 2)] for rank in (0, 1)]
     [[[1], [0]], [[2], []]]
     """
-    micro_batches = _cut(np.argsort(lengths, kind="stable"), micro_batch_size)
+    micro_batches = _chunks(np.argsort(lengths, kind="stable"), micro_batch_size)
     missing = -len(micro_batches) % world_size
     return [*micro_batches, *[np.empty(0, np.int64)] * missing][rank::world_size]
 
 
-def replay_rows(size: int, count: int, seed: int, step: int) -> np.ndarray:
-    """Which `count` of `size` replayed rows step `step` sees: all of them in turn, in a new order each round."""
-    places = np.arange(step * count, (step + 1) * count)
-    return np.array([_replay_order(size, seed, place // size)[place % size] for place in places.tolist()], np.int64)
+def replay_indices(size: int, count: int, seed: int, step: int) -> np.ndarray:
+    """Indices of the `count` replayed examples, of `size`, in step `step`: all in turn, reshuffled after each round."""
+    positions = np.arange(step * count, (step + 1) * count)
+    return np.array([_replay_order(size, seed, i // size)[i % size] for i in positions.tolist()], np.int64)
 
 
-@lru_cache(maxsize=1)  # a step begins in the round where the one before ended
+@lru_cache(maxsize=1)  # consecutive steps are mostly in the same round
 def _replay_order(size: int, seed: int, round: int) -> np.ndarray:
     return np.random.default_rng([seed, round, 1]).permutation(size)
 
 
-def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,4 +1,4 @@
-"""What a model will see of a dataset: prompt, supervised and cut tokens told apart."""
+"""Prints examples as the model will see them, with prompt, supervised and truncated tokens marked (`--inspect`)."""
 
 import os
 import sys
@@ -25,8 +25,8 @@ def show_examples(
 ) -> None:
     """Prints the first examples of a dataset."""
     for conversation in islice(read_records(paths, skip_bad_records=sys.maxsize), count):
-        marked = mark_example(conversation.messages, template, tokenizer, max_seq_length, train_on_prompt)
-        print0(f"---- {conversation.source}: {marked}")
+        text = mark_example(conversation.messages, template, tokenizer, max_seq_length, train_on_prompt)
+        print0(f"---- {conversation.source}: {text}")
 
 
 def mark_example(
@@ -36,7 +36,7 @@ def mark_example(
     max_seq_length: int,
     train_on_prompt: bool = False,
 ) -> str:
-    """One example as text: in colour on a terminal, else `[supervised]` and `{cut: ...}` in brackets."""
+    """One example as text with marked tokens: colours on a terminal, else `[supervised]` and `{cut: ...}`."""
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
     fitted = fit_example(messages, template, tokenizer, max_seq_length, train_on_prompt)
     spans: list[tuple[str, list[int]]] = [("cut", fitted.cut_left)]

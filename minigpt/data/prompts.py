@@ -1,14 +1,14 @@
-r"""Prompt templates: the one place where trigger words live.
+r"""Prompt templates: the only place that defines trigger words such as "### Instruction:".
 
-A template turns a conversation into segments of text, each marked as supervised (the model learns to write it) or
-not. Training, chat, evaluation and self-instruct all render here, so a model is asked exactly what it was taught.
+A template renders a conversation as segments of text, each supervised (the model learns to write it) or not. Training,
+chat, evaluation and self-instruct all render with it, so prompts at inference are exactly those of training.
 
-A segment is encoded on its own. All text between two answers is one segment, and a blank between a trigger and its
-answer belongs to the answer, so byte-pair merges at the seam are the same in training and at inference. Encoding the
-joined text instead is what stanford_alpaca had to mend in pull request 229.
+Each segment is tokenized separately. All text between two answers is one segment, and the space between a trigger and
+its answer belongs to the answer, so byte-pair merges at the boundary are the same in training and at inference.
+Tokenizing the concatenated text instead was a bug of stanford_alpaca (fixed in its pull request 229).
 
 Sources: alpaca is tatsu-lab/stanford_alpaca's prompt with a newline before the answer (LLMs-from-scratch, chapter 7);
-hugchat is HugNLP/HugChat's; io and iio are those of ArmelRandy/Self-instruct.
+hugchat is from HugNLP/HugChat; io and iio are from ArmelRandy/Self-instruct.
 """
 
 import json
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minigpt.data.tokenizer import END_OF_TEXT
-from minigpt.files import read_json, resolve_file, whole_file
+from minigpt.files import read_json, whole_file
+from minigpt.hub import resolve_file
 
 TEMPLATE_FILE = "prompt_template.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -28,45 +29,45 @@ Message = Mapping[str, str]
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered conversation, encoded on its own."""
+    """A piece of a rendered conversation, tokenized separately."""
 
     text: str
     supervised: bool
     special: bool = False
-    """`text` names a special token, and is not ordinary text."""
+    """`text` is the name of a special token, not ordinary text."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written out. Data, not code: all of it travels in `prompt_template.json`.
+    """How a conversation is rendered as text. Data, not code: all fields are saved in `prompt_template.json`.
 
-    The patterns hold trigger words by name (`{instruction}`, `{input}`, `{output}`, `{human}`, `{assistant}`) and
-    what the conversation brings (`{content}`, and `{context}` for the input of a user message). A literal brace is
-    doubled.
+    The patterns are format strings. Their placeholders are trigger words (`{instruction}`, `{input}`, `{output}`,
+    `{human}`, `{assistant}`), `{content}` for a message's content, and `{context}` for the input of a user message.
+    A literal brace is doubled.
     """
 
     name: str
     user: str
-    """A user message, up to where the answer begins."""
+    """Pattern of a user message, up to the beginning of the answer."""
     user_with_input: str
-    """The same where the message carries an input."""
+    """The same for a user message with an input."""
     answer: str = "{content}"
     preamble: str = ""
-    """What stands before the first turn where there is no system message."""
+    """Text before the first turn of a conversation without a system message."""
     preamble_with_input: str = ""
-    """The same where the first turn carries an input."""
+    """The same if the first turn has an input."""
     system: str = "{content}\n\n"
     separator: str = "\n\n"
-    """What stands between an answer and the next user message."""
+    """Text between an answer and the next user message."""
     triggers: dict[str, str] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
-    """Where an answer has run on into the next turn."""
+    """Stop strings: they begin the next turn, so the answer ends before them."""
     supervise_prompt: bool = False
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Segment]:
-        r"""The conversation as segments.
+        r"""Renders a conversation as segments.
 
-        An answer is followed by the end-of-text token, supervised, so a model always learns to stop.
+        Each answer is followed by the end-of-text token, supervised, so that the model learns to stop.
 
         >>> hi = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
         >>> get_template("hugchat").render(hi)  # doctest: +NORMALIZE_WHITESPACE
@@ -75,15 +76,15 @@ class Template:
          Segment(text='<|endoftext|>', supervised=True, special=True)]
 
         Args:
-            messages: an optional system message, then user and assistant in turn; or one message of role text.
-            add_generation_prompt: the last message is a user's, and the model is to answer it. Otherwise a user
-                message without an answer is left out, because there is nothing to learn from it.
+            messages: an optional system message, then user and assistant alternating; or one message of role text.
+            add_generation_prompt: end with the prompt for the last message, a user's, so that the model answers it.
+                Otherwise a user message without an answer is left out, because there is nothing to learn from it.
 
         Raises:
-            ValueError: the roles do not follow each other so, or there is no question to answer.
+            ValueError: the roles are not in this order, or there is no user message to answer.
         """
         segments: list[Segment] = []
-        text = ""  # the prompt that gathers until the next answer
+        text = ""  # the prompt, collected until the next answer
         rest = list(messages)
         if len(rest) == 1 and rest[0]["role"] == "text":
             if add_generation_prompt:
@@ -96,7 +97,7 @@ class Template:
         for index, message in enumerate(rest):
             expected = ("user", "assistant")[index % 2]
             if message["role"] != expected:
-                raise ValueError(f"turn {index + 1} has the role {message['role']!r} where {expected!r} belongs")
+                raise ValueError(f"turn {index + 1} has the role {message['role']!r}, expected {expected!r}")
             if expected == "user":
                 text += self._write(self.separator, message) if index else ""
                 text += self._write(self.user_with_input if message.get("input") else self.user, message)
@@ -109,24 +110,24 @@ class Template:
                 text = ""
         if add_generation_prompt:
             if not rest or rest[-1]["role"] != "user":
-                raise ValueError("the last message is to be answered, so it must be a user's")
+                raise ValueError("the last message must be a user's, because the model answers it")
             segments.append(Segment(text, self.supervise_prompt))
         return segments
 
     def read_answer(self, generated: str) -> str:
-        """The answer in what a model wrote: up to a stop string, without the blanks around it."""
+        """The answer in generated text: everything before the first stop string, stripped of white space."""
         ends = [generated.find(stop) for stop in self.stop_strings() if stop in generated]
         return generated[: min(ends, default=len(generated))].strip()
 
     def stop_strings(self) -> tuple[str, ...]:
-        """Where an answer has run on into the next turn, with the trigger words filled in."""
+        """The stop strings with the trigger words filled in."""
         return tuple(stop.format(**self.triggers) for stop in self.stop)
 
     def _write(self, pattern: str, message: Message) -> str:
         return pattern.format(**self.triggers, content=message["content"], context=message.get("input") or "")
 
     def with_triggers(self, **words: str | None) -> "Template":
-        """The same template with other trigger words; None keeps a word."""
+        """A copy with other trigger words; None leaves a word unchanged."""
         changes = {name: word for name, word in words.items() if word is not None}
         if unknown := changes.keys() - self.triggers.keys():
             known = ", ".join(f"trigger_{name}" for name in self.triggers) or "no trigger words"
@@ -134,7 +135,7 @@ class Template:
         return replace(self, triggers={**self.triggers, **changes})
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `prompt_template.json`, and `chat_template.jinja` which says the same to other tools."""
+        """Writes `prompt_template.json`, and an equivalent `chat_template.jinja` for other tools."""
         for name, text in {
             TEMPLATE_FILE: json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n",
             CHAT_TEMPLATE_FILE: self.to_jinja(),
@@ -143,7 +144,7 @@ class Template:
                 path.write_bytes(text.encode("utf-8"))
 
     def to_jinja(self) -> str:
-        """The template as Hugging Face's tokenizers read it. A user message's input is `message.input`."""
+        """An equivalent Hugging Face chat template. A user message's input is `message.input`."""
         first = self._choose("m.get('input')", self._jinja(self.preamble_with_input), self._jinja(self.preamble))
         user = self._choose("m.get('input')", self._jinja(self.user_with_input), self._jinja(self.user))
         return (
@@ -162,9 +163,9 @@ class Template:
         )
 
     def _jinja(self, pattern: str) -> str:
-        """`a {content} b` -> `{{- 'a ' ~ m.content ~ ' b' -}}`, trigger words filled in."""
-        marks = {"content": "\0m.content\0", "context": "\0(m.input or '')\0"}
-        pieces = pattern.format(**self.triggers, **marks).split("\0")  # text, expression, text, ...
+        """`a {content} b` -> `{{- 'a ' ~ m.content ~ ' b' -}}`, with the trigger words filled in."""
+        expressions = {"content": "\0m.content\0", "context": "\0(m.input or '')\0"}
+        pieces = pattern.format(**self.triggers, **expressions).split("\0")  # text, expression, text, ...
         parts = [piece if index % 2 else _jinja_string(piece) for index, piece in enumerate(pieces) if piece]
         return "{{- " + " ~ ".join(parts) + " -}}" if parts else ""
 
@@ -246,12 +247,12 @@ def get_template(
     human: str | None = None,
     assistant: str | None = None,
 ) -> Template:
-    """A built-in template by name, or the one that travels with a model, with trigger words changed if given.
+    """A built-in template by name, or the one saved with a model; trigger words are replaced if given.
 
     Args:
         name_or_folder: alpaca, alpaca-short, hugchat, input-output, io, iio or none; or a folder or hub id whose
             `prompt_template.json` is read.
-        instruction, input, output, human, assistant: other trigger words.
+        instruction, input, output, human, assistant: trigger words to replace.
 
     Raises:
         ValueError: no such template, a broken file, or a trigger word that the template does not have.
@@ -261,9 +262,9 @@ def get_template(
 
 
 def template_of(model: str | Path, revision: str | None = None, *, to_tune: bool = False) -> str | Path:
-    """What `get_template` takes where the user chose none: the file that travels with the model, else alpaca.
+    """The default for `get_template`: the path of the model's own `prompt_template.json`, else "alpaca".
 
-    To tune, a model of raw text gets alpaca too: its own template, none, has no turns to teach.
+    With `to_tune` it is "alpaca" for a raw-text model too, because that model's template, none, has no turns to teach.
     """
     path = resolve_file(model, TEMPLATE_FILE, revision)
     if path is None or (to_tune and get_template(path).name == "none"):
@@ -273,7 +274,7 @@ def template_of(model: str | Path, revision: str | None = None, *, to_tune: bool
 
 def _read(folder: str | Path) -> Template:
     path = Path(folder) if Path(folder).name == TEMPLATE_FILE else None
-    if path is None and (Path(folder).is_dir() or "/" in str(folder)):  # a misspelt name asks no hub
+    if path is None and (Path(folder).is_dir() or "/" in str(folder)):  # a misspelt name must not query the hub
         with suppress(FileNotFoundError):
             path = resolve_file(folder, TEMPLATE_FILE)
     if path is None or not path.is_file():
@@ -281,19 +282,19 @@ def _read(folder: str | Path) -> Template:
             f"no template {str(folder)!r}; one of {', '.join(TEMPLATES)}, or a folder with {TEMPLATE_FILE}"
         )
     values = read_json(path)
-    shape = json.loads(json.dumps(asdict(_ALPACA)))
-    if not {"name", "user", "user_with_input"} <= values.keys() <= shape.keys():
-        raise ValueError(f"{path}: a template has the keys {', '.join(shape)}")
+    sample = json.loads(json.dumps(asdict(_ALPACA)))
+    if not {"name", "user", "user_with_input"} <= values.keys() <= sample.keys():
+        raise ValueError(f"{path}: a template has the keys {', '.join(sample)}")
     for name, value in values.items():
-        if type(value) is not type(shape[name]):
-            raise ValueError(f"{path}: {name} is {json.dumps(value)}, expected the like of {json.dumps(shape[name])}")
+        if type(value) is not type(sample[name]):
+            raise ValueError(f"{path}: {name} is {json.dumps(value)}, expected a value like {json.dumps(sample[name])}")
     template = Template(**{**values, "stop": tuple(values.get("stop", ()))})
-    try:  # every pattern, so that a broken one is named here and not in the middle of a run
+    try:  # format every pattern, so that a broken one is reported here and not in the middle of a run
         template.to_jinja()
         template.stop_strings()
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         known = ", ".join(["content", "context", *template.triggers])
         raise ValueError(
-            f"{path}: {error!r}: a pattern may hold {known} in braces; a literal brace is doubled"
+            f"{path}: {error!r}: the placeholders of a pattern are {known}; a literal brace is doubled"
         ) from error
     return template

@@ -1,4 +1,4 @@
-"""The data that a script's flags name: read, told of in a line, and a part of it held out to evaluate on."""
+"""Reads the data that a script's flags name, prints its statistics, and splits off validation data."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from minigpt.settings.groups import DataArguments
 
 
 def read_conversations(config: DataArguments, paths: Sequence[str], encoding: Encoding) -> TokenStore:
-    """`build_store`, as the flags say."""
+    """`build_store` with the settings of the flags; prints the statistics."""
     store = build_store(paths, *encoding, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir)
     print0(f"{' '.join(paths)}: {store.stats}")
     return store
 
 
 def read_text(config: DataArguments, paths: Sequence[str], tokenizer: Tokenizer) -> TokenStore:
-    """`build_text_store`, as the flags say."""
+    """`build_text_store` with the settings of the flags; prints the statistics."""
     store = build_text_store(paths, tokenizer, skip_bad_records=config.skip_bad_records, cache_dir=config.cache_dir)
     stats = store.stats
     print0(
@@ -29,9 +29,9 @@ def read_text(config: DataArguments, paths: Sequence[str], tokenizer: Tokenizer)
 def split_conversations(
     config: DataArguments, encoding: Encoding, seed: int
 ) -> tuple[TokenStore | Subset, TokenStore | Subset | None]:
-    """What to train on, and what to evaluate on: `validation_data`, or some of `data`'s examples drawn at random.
+    """Training examples of `data`; validation examples of `validation_data`, or else a random sample of `data`.
 
-    The draw's `seed` is no setting of the data's, but of the whole run's.
+    `seed` draws the sample; it is not in `config`, because it is a setting of the whole run.
     """
     examples = read_conversations(config, config.data, encoding)
     if config.validation_data:
@@ -44,15 +44,15 @@ def split_conversations(
 def split_text(
     config: DataArguments, tokenizer: Tokenizer, block_size: int, stride: int | None = None
 ) -> tuple[TokenBlocks, TokenBlocks | None]:
-    """What to train on, and what to evaluate on: `validation_data`, or the end of `data`'s one stream of tokens.
+    """Training blocks of `data`; validation blocks of `validation_data`, or else of the end of `data`'s token stream.
 
-    The blocks to train on begin every `stride` tokens; those to evaluate on never overlap.
+    Training blocks start every `stride` tokens; validation blocks never overlap.
     """
     store = read_text(config, config.data, tokenizer)
-    end, held_out = store.stats.tokens, None
+    end, validation = store.stats.tokens, None
     if config.validation_data:
-        held_out = TokenBlocks(read_text(config, config.validation_data, tokenizer), block_size)
+        validation = TokenBlocks(read_text(config, config.validation_data, tokenizer), block_size)
     elif config.validation_split:
-        end -= max(2, round(end * config.validation_split))  # a block of one position takes two tokens
-        held_out = TokenBlocks(store, block_size, start=end)
-    return TokenBlocks(store, block_size, stride, stop=end), held_out
+        end -= max(2, round(end * config.validation_split))  # one position needs two tokens
+        validation = TokenBlocks(store, block_size, start=end)
+    return TokenBlocks(store, block_size, stride, stop=end), validation

@@ -1,16 +1,16 @@
-"""The token store: a corpus as ids on disk, built once, memory-mapped.
+"""The token store: a tokenized dataset on disk, built once and memory-mapped.
 
-It is built in one pass with bounded memory, so a corpus may be larger than RAM. Its folder is named by a hash of
-what it was built from (the files' bytes, the template, the tokenizer, the lengths), so a stale one is never read.
-Of all processes that want it, the ranks of one run or several runs, one builds it and the others wait at a lock file.
+It is built in one pass with bounded memory, so a corpus may be larger than RAM. The folder is named by a cache key, a
+hash of everything that determines the ids (bytes of the files, template, tokenizer, lengths), so a stale store is never
+read. If several processes need the same store (ranks or other runs), one builds it and the others wait for its lock.
 
-    ids.bin             uint16, or uint32 for a vocabulary of more than 65,536: every example's ids, end to end
-    supervised.bin      bool: whether an id is learned, one for each
-    offsets.bin         int64: where in ids.bin each example begins, and the last one ends
-    prompt_lengths.bin  int64: how many ids of each example are prompt
-    meta.json           the statistics; size and sha256 of each file above, and of meta.json itself
+    ids.bin             uint16, or uint32 for a vocabulary of more than 65,536: the ids of all examples, concatenated
+    supervised.bin      bool: one per id, whether it is supervised
+    offsets.bin         int64: start of each example in ids.bin, and the end of the last one
+    prompt_lengths.bin  int64: number of prompt ids of each example
+    meta.json           the statistics; size and sha256 of each file above, and sha256 of meta.json itself
 
-A store is written to the disk before it gets its name, and checked whenever it is opened; a damaged one is rebuilt.
+A store is built in a temporary folder, synced to disk, then renamed; opening verifies it, and a damaged one is rebuilt.
 """
 
 import errno
@@ -39,15 +39,15 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import print0, progress_bar
 from minigpt.files import remove, to_disk, writing_to
 
-KEY_VERSION = "0.1.0"  # of the tokenization; a change makes new stores
-FORMAT = 1  # of the files above; a change makes new stores, whose runs do not resume from checkpoints made before
-PATIENCE = 5.0  # seconds to wait for another process before a line says so
-LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE}  # errors that building the store repairs
+KEY_VERSION = "0.1.0"  # of the tokenization, part of the key: a change rebuilds all stores
+FORMAT = 1  # of the files above, part of the key: a change rebuilds all stores, and older checkpoints cannot resume
+WAIT_NOTICE_SECONDS = 5.0  # after this long, print that another process is building the store
+REPAIRABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE}  # errors that a rebuild repairs
 
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What building a store came to."""
+    """Statistics of a store, counted when it is built."""
 
     examples: int
     tokens: int
@@ -56,9 +56,9 @@ class StoreStats:
     length_p95: int
     length_max: int
     dropped: int
-    """Conversations with no supervised token left, or nothing supervised from the start."""
+    """Conversations without a supervised token, from the start or after truncation."""
     cut: int
-    """Conversations that lost turns, the left of the prompt or the right of the answer."""
+    """Truncated conversations: turns, the left of the prompt or the right of the answer were cut off."""
     bad_records: int
 
     def __str__(self) -> str:
@@ -70,19 +70,19 @@ class StoreStats:
 
 
 class DamagedStoreError(ValueError):
-    """A store's files are not what was written; the message names the file and what is wrong with it."""
+    """A store's files differ from what was written; the message names the file and the damage."""
 
 
 class TokenStore(Sequence[Example]):
-    """Examples on disk. Reading one touches its pages and no more.
+    """Memory-mapped examples: reading one loads only its pages.
 
-    Opening reads all files once and compares their sums, in every process: nothing cheaper finds a file of the right
-    size whose ids are all zero. It takes two fifths of the time of `_key`, which hashes the source in every process:
-    the source is larger (about 4 bytes a token; a store has 3), and its hash is slower.
+    Opening reads all files and compares their sha256, in every process: nothing cheaper detects a file of the right
+    size filled with zeros. It takes two fifths of the time of `_key`, which hashes the source files in every process:
+    they are larger (about 4 bytes per token; a store has 3), and their hash is slower.
 
     Raises:
-        DamagedStoreError: a file is missing, cannot be read or is not what was written; or the store was built by a
-            version that kept no sums.
+        DamagedStoreError: a file is missing, unreadable or has the wrong sha256; or the store was built by a version
+            that wrote no sha256.
     """
 
     def __init__(self, folder: Path):
@@ -95,7 +95,7 @@ class TokenStore(Sequence[Example]):
             self.offsets = _map(folder / "offsets.bin", np.dtype(np.int64), meta)
             self.prompt_lengths = _map(folder / "prompt_lengths.bin", np.dtype(np.int64), meta)
         except (KeyError, TypeError) as error:
-            raise DamagedStoreError("meta.json has another form, as written by another version") from error
+            raise DamagedStoreError("meta.json has other keys, as written by another version") from error
         self.lengths = np.diff(self.offsets)
         self.fingerprint = folder.name
 
@@ -103,16 +103,16 @@ class TokenStore(Sequence[Example]):
         return len(self.lengths)
 
     def __getitem__(self, index: Any) -> Any:
-        index = range(len(self))[index]  # refuses what lies outside
+        index = range(len(self))[index]  # raises IndexError if out of range
         span = slice(self.offsets[index], self.offsets[index + 1])
         return Example(self.ids[span], self.supervised[span])
 
 
 class TokenBlocks(Sequence[Example]):
-    """A stretch of a store's tokens as blocks of `block_size` positions, every `stride` tokens one.
+    """Blocks of `block_size` positions over the tokens `start:stop` of a store; one starts every `stride` tokens.
 
-    A block has one token more than positions, because the shift eats one, so neighbours share a token at
-    `stride` = `block_size` and nothing goes unlearnt. The last block is as long as what is left.
+    A block has `block_size` + 1 tokens, because the shift consumes one. So with `stride` = `block_size` neighbouring
+    blocks share a token, and every token but the first is predicted once. The last block may be shorter.
     """
 
     def __init__(
@@ -122,11 +122,9 @@ class TokenBlocks(Sequence[Example]):
         self.block_size = block_size
         self.stride = block_size if stride is None else stride
         if not 1 <= self.stride <= block_size:
-            raise ValueError(
-                f"--stride {stride} must lie between 1 and --block_size {block_size}, or tokens are skipped"
-            )
+            raise ValueError(f"--stride {stride} must be from 1 to --block_size {block_size}, or tokens are skipped")
         self.starts = np.arange(0, max(0, len(self.ids) - 1), self.stride)
-        if len(self.starts) > 1:  # blocks behind the first that reaches the end would only repeat it
+        if len(self.starts) > 1:  # drop blocks after the first that reaches the end: they would only repeat it
             self.starts = self.starts[: 1 + int(np.argmax(self.starts + block_size >= len(self.ids) - 1))]
         self.lengths = np.minimum(self.starts + block_size + 1, len(self.ids)) - self.starts
         self.fingerprint = f"{store.fingerprint} {start} {stop} {block_size} {self.stride}"
@@ -140,7 +138,7 @@ class TokenBlocks(Sequence[Example]):
 
 
 class Subset(Sequence[Example]):
-    """Some of a store's examples."""
+    """Selected examples of a store."""
 
     def __init__(self, data: TokenStore, indices: np.ndarray):
         self.data = data
@@ -157,10 +155,10 @@ class Subset(Sequence[Example]):
 
 
 def split(data: TokenStore, validation_split: float, seed: int) -> tuple[Subset, Subset]:
-    """Training and validation examples, drawn at random; at least one of each where there are two."""
+    """A random split into training and validation examples; if there are two or more, neither is empty."""
     order = np.random.default_rng(seed).permutation(len(data))
-    held_out = min(max(1, round(len(data) * validation_split)), len(data) - 1) if validation_split > 0 else 0
-    return Subset(data, np.sort(order[held_out:])), Subset(data, np.sort(order[:held_out]))
+    count = min(max(1, round(len(data) * validation_split)), len(data) - 1) if validation_split > 0 else 0
+    return Subset(data, np.sort(order[count:])), Subset(data, np.sort(order[:count]))
 
 
 def build_store(
@@ -173,16 +171,16 @@ def build_store(
     skip_bad_records: int = 0,
     cache_dir: str | Path | None = None,
 ) -> TokenStore:
-    """The store of a set of conversations: found where it was built before, else built; rebuilt if damaged.
+    """The store of a set of conversations: a cache hit opens it, a cache miss builds it, a damaged one is rebuilt.
 
     Args:
-        paths: whatever `read_records` reads.
+        paths: anything that `read_records` accepts.
         template, tokenizer, max_seq_length, train_on_prompt: as for `encode_example`.
-        skip_bad_records: how many bad records to pass over before giving up.
-        cache_dir: where stores are kept; None is `~/.cache/minigpt`, or what `MINIGPT_CACHE` names.
+        skip_bad_records: number of bad records to skip; one more is an error.
+        cache_dir: cache folder; None is `$MINIGPT_CACHE`, or `~/.cache/minigpt` if that is not set.
 
     Raises:
-        ValueError: a bad record, named with its file and line; or no record has anything to learn.
+        ValueError: a bad record, with file and line; or no record has a supervised token.
         OSError: the store cannot be written, or a damaged one cannot be replaced.
     """
     files = find_data_files(paths)
@@ -214,12 +212,12 @@ def build_store(
 def build_text_store(
     paths: Sequence[str], tokenizer: Tokenizer, *, skip_bad_records: int = 0, cache_dir: str | Path | None = None
 ) -> TokenStore:
-    """The store of raw text: every document verbatim, an end-of-text token after each.
+    """The store of raw text: every document verbatim, each followed by an end-of-text token.
 
-    A document is encoded in pieces that are cut where the tokenizer always cuts, so a file of any size will do.
+    A document is encoded in chunks, cut at positions that no token spans, so it may be larger than memory.
 
     Raises:
-        ValueError: a bad record, named with its file and line; or there is no other.
+        ValueError: a bad record, with file and line; or there are no good records.
         OSError: the store cannot be written, or a damaged one cannot be replaced.
     """
     files = find_data_files(paths)
@@ -239,55 +237,55 @@ def build_text_store(
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    """What meta.json holds, if it is what was written."""
+    """Reads meta.json and checks its sha256."""
     try:
-        with _lost_is_damaged("meta.json"):
+        with _unreadable_is_damaged("meta.json"):
             meta = json.loads((folder / "meta.json").read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedStoreError("meta.json is not JSON") from error
     if not isinstance(meta, dict) or "sha256" not in meta:
-        raise DamagedStoreError("meta.json has no sums, as written by an earlier version")
-    if meta.pop("sha256") != _sum_of_meta(meta):
-        raise DamagedStoreError("meta.json is not what was written: its sha256 differs")
+        raise DamagedStoreError("meta.json has no sha256, as written by an earlier version")
+    if meta.pop("sha256") != _sha256_of_meta(meta):
+        raise DamagedStoreError("meta.json has a wrong sha256")
     return meta
 
 
-def _sum_of_meta(meta: dict[str, Any]) -> str:
+def _sha256_of_meta(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _map(path: Path, dtype: np.dtype, meta: dict[str, Any]) -> np.ndarray:
-    """A file's numbers, mapped into memory, if it is what was written.
+    """Memory-maps a file after checking its size and sha256.
 
-    It is opened once, so that the bytes that are mapped are those that were summed, even if another process replaces
-    the store in between.
+    The file is opened once, so that the mapped bytes are the verified ones even if another process replaces the store
+    in between.
     """
-    written = meta["files"][path.name]
-    with _lost_is_damaged(path.name), open(path, "rb") as file:
+    expected = meta["files"][path.name]
+    with _unreadable_is_damaged(path.name), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size != written["bytes"]:
-            raise DamagedStoreError(f"{path.name} has {size:,} bytes instead of {written['bytes']:,}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != written["sha256"]:
-            raise DamagedStoreError(f"{path.name} is not what was written: its sha256 differs")
+        if size != expected["bytes"]:
+            raise DamagedStoreError(f"{path.name} has {size:,} bytes instead of {expected['bytes']:,}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+            raise DamagedStoreError(f"{path.name} has a wrong sha256")
         return np.memmap(file, dtype, "r") if size else np.empty(0, dtype)
 
 
 @contextmanager
-def _lost_is_damaged(name: str) -> Iterator[None]:
-    """Turns the error of a missing or unreadable file into `DamagedStoreError`; not one of permissions, say."""
+def _unreadable_is_damaged(name: str) -> Iterator[None]:
+    """Turns the OSError of a missing or unreadable file into `DamagedStoreError`; others, as of permissions, pass."""
     try:
         yield
     except OSError as error:
-        if error.errno not in LOST:
+        if error.errno not in REPAIRABLE:
             raise
         raise DamagedStoreError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def _key(files: Iterable[Path], *settings: Any) -> str:
-    """A hash of the files' bytes and of everything else that the ids depend on."""
+    """The cache key: a hash of the files' bytes and of everything else that the ids depend on."""
     digest = hashlib.blake2b(json.dumps([KEY_VERSION, FORMAT, *settings], sort_keys=True).encode(), digest_size=16)
     for path in files:
-        digest.update(b"text" if is_raw_text(path) else b"json")  # the same bytes are read otherwise under .txt
+        digest.update(b"text" if is_raw_text(path) else b"json")  # the same bytes are parsed differently in a .txt
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
@@ -300,17 +298,17 @@ def _open(
     fill: Callable[["_Writer"], None],
     cache_dir: str | Path | None,
 ) -> TokenStore:
-    """The store of this key; if there is none, or it is damaged, one process builds it and the others wait.
+    """Opens the store of this key; if it is missing or damaged, one process builds it and the others wait.
 
-    The builder holds a lock of the operating system, which is freed when its process ends: if it is killed, one of
-    those that wait takes its place. They wait in no collective call, which could time out.
+    The builder holds an OS lock, which is released when its process ends: if it is killed, a waiting process takes
+    over. The others poll the lock, not a collective, which could time out.
     """
     root = Path(cache_dir or os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt") / "stores"
     folder = root / key
-    built = told = False
+    built = notified = False
     while True:
-        seen, damage = _stamp(folder), ""
-        if seen:
+        stamp, damage = _stamp(folder), ""
+        if stamp:
             try:
                 return TokenStore(folder)
             except DamagedStoreError as error:
@@ -321,13 +319,15 @@ def _open(
                 "--cache_dir chooses another place"
             )
         started, locked = time.monotonic(), False
-        while not locked and _stamp(folder) == seen:  # if it changed, another process did that: open it again
+        while not locked and _stamp(folder) == stamp:  # if it changes, another process built it: open it again
             try:
                 with writing_to(root, "--cache_dir"):
                     root.mkdir(parents=True, exist_ok=True)
                     with _try_lock(root / f".{key}.lock") as locked:
-                        if locked and _stamp(folder) == seen:  # it may have changed since the look above
-                            if damage:  # not `say`: the process that holds the lock may be any rank
+                        if (
+                            locked and _stamp(folder) == stamp
+                        ):  # check again: it may have changed before the lock was taken
+                            if damage:  # not print0: any rank may hold the lock
                                 print(f"{folder}: damaged ({damage}): rebuilding it", file=sys.stderr, flush=True)
                             _build(folder, tokenizer, files, fill)
                             built = True
@@ -337,16 +337,16 @@ def _open(
                 raise OSError(f"{folder}: damaged ({damage}), and cannot be rebuilt: {error}") from error
             if not locked:
                 waited = time.monotonic() - started
-                if waited > PATIENCE and not told:
+                if waited > WAIT_NOTICE_SECONDS and not notified:
                     print0(f"Waiting for another process, which is tokenizing the same data into {folder}")
-                    told = True
-                time.sleep(min(1.0, 0.05 + waited))  # soon at first: a small corpus takes no second
+                    notified = True
+                time.sleep(min(1.0, 0.05 + waited))  # poll often at first: a small corpus takes less than a second
 
 
 def _stamp(folder: Path) -> tuple[int, int] | None:
-    """Inode and time of the folder, which change if a store appears, vanishes or is replaced.
+    """Inode and mtime of the folder, or None: they change if a store is created, removed or replaced.
 
-    So a waiting process need not sum a damaged store again every second.
+    So a waiting process need not hash a damaged store again at every poll.
     """
     try:
         status = folder.stat()
@@ -357,7 +357,7 @@ def _stamp(folder: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def _try_lock(path: Path) -> Iterator[bool]:
-    """Holds a lock file, and removes it at the end; False where another process holds it."""
+    """Locks a file, and removes it afterwards; yields False if another process holds the lock."""
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -365,26 +365,26 @@ def _try_lock(path: Path) -> Iterator[bool]:
         except (BlockingIOError, FileNotFoundError):
             locked = False
         try:
-            yield locked  # a file that its last holder removed, after it was opened here, locks nothing: False too
+            yield locked  # False too if the last holder removed the file after `open`: that lock would protect nothing
         finally:
             if locked:
                 path.unlink(missing_ok=True)
 
 
 def _build(folder: Path, tokenizer: Tokenizer, files: Sequence[Path], fill: Callable[["_Writer"], None]) -> None:
-    """Fills a temporary folder, waits until it is on the disk, and renames it to `folder`. The caller holds the lock.
+    """Fills a temporary folder, syncs it to disk, and renames it to `folder`. The caller holds the lock.
 
-    A damaged store is removed first: there may be no space for two, and if it cannot be removed, that is found before
-    the work.
+    A damaged store is removed first: the disk may not have space for two, and if it cannot be removed, the error comes
+    before the work.
     """
-    # by machine: where a network file system keeps locks to each machine, two may build the same at once
+    # named by machine: on a network file system with machine-local locks, two machines may build at once
     ending = f".{platform.node()}.building"
     temporary = folder.with_name(f".{folder.name}{ending}")
-    for left in folder.parent.glob(f".*{ending}"):  # by builders that were killed
-        with _try_lock(left.with_name(left.name.removesuffix(ending) + ".lock")) as dead:
-            if dead or left == temporary:
-                shutil.rmtree(left, ignore_errors=True)
-    temporary.mkdir()  # before the removal, or it could get the inode by which `_stamp` tells them apart
+    for leftover in folder.parent.glob(f".*{ending}"):  # of builders that were killed
+        with _try_lock(leftover.with_name(leftover.name.removesuffix(ending) + ".lock")) as abandoned:
+            if abandoned or leftover == temporary:
+                shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()  # before removing the damaged store, or it may reuse that inode, and `_stamp` would not change
     try:
         _remove_damaged(folder, folder.with_name(f".{folder.name}.damaged{ending}"))
         with _Writer(temporary, tokenizer, sum(path.stat().st_size for path in files)) as writer:
@@ -393,7 +393,7 @@ def _build(folder: Path, tokenizer: Tokenizer, files: Sequence[Path], fill: Call
             to_disk(path)
         try:
             temporary.rename(folder)
-        except OSError:  # another machine was faster, and built the same
+        except OSError:  # another machine built the same store first
             if not folder.is_dir():
                 raise
         to_disk(folder.parent)
@@ -402,21 +402,21 @@ def _build(folder: Path, tokenizer: Tokenizer, files: Sequence[Path], fill: Call
 
 
 def _remove_damaged(folder: Path, aside: Path) -> None:
-    """Removes the folder, if there is one. A process that has its files mapped keeps them until it ends."""
+    """Removes the folder, if it exists. A process that has its files mapped keeps them until it ends."""
     try:
-        folder.rename(aside)  # atomic; and on a network file system a folder with files in use cannot be removed
-    except FileNotFoundError:  # there is none; or another machine removed it
+        folder.rename(aside)  # atomic; and a network file system refuses to remove a folder with open files
+    except FileNotFoundError:  # it does not exist, or another machine removed it
         return
     except OSError as error:
-        if error.errno != errno.EXDEV:  # which overlayfs says of every folder of a container's image
+        if error.errno != errno.EXDEV:  # overlayfs raises it for every folder of a container image
             raise
         remove(folder)
-    with suppress(OSError):  # the next build tries again
+    with suppress(OSError):  # leftovers are removed by the next build
         remove(aside)
 
 
-class _SummedFile:
-    """A new file, and the size and sum of the bytes written, which a failing disk may not give back."""
+class _HashedFile:
+    """A new file, with size and sha256 of the bytes written; a failing disk may return other bytes when read."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -431,45 +431,45 @@ class _SummedFile:
 
 
 class _Writer:
-    """Appends examples to a store's files."""
+    """Appends examples to the files of a new store."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, total_bytes: int):
         self.folder = folder
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         self.bar = progress_bar(total_bytes, "B", "tokenizing", unit_scale=True)
-        self.lengths, self.prompt_lengths = array("q"), array("q")  # 8 bytes an example; a list takes 40
-        self.begun = 0  # ids of the example that is being written
+        self.lengths, self.prompt_lengths = array("q"), array("q")  # 8 bytes per example; a list takes 40
+        self.current_length = 0  # ids of the current, unfinished example
         self.tokens = self.supervised_tokens = self.dropped = self.cut = self.bad_records = 0
 
     def __enter__(self) -> "_Writer":
         self.opened = ExitStack()
-        self.files: dict[str, _SummedFile] = {}
+        self.files: dict[str, _HashedFile] = {}
         self.ids, self.supervised = self._new("ids.bin"), self._new("supervised.bin")
         return self
 
-    def _new(self, name: str) -> "_SummedFile":
+    def _new(self, name: str) -> "_HashedFile":
         file = open(self.folder / name, "wb")  # noqa: SIM115
-        self.files[name] = _SummedFile(self.opened.enter_context(file))
+        self.files[name] = _HashedFile(self.opened.enter_context(file))
         return self.files[name]
 
     def extend(self, ids: Ids, supervised: Mask | None = None) -> None:
-        """Adds to the example that is being written."""
+        """Appends ids to the current example; without a mask all are supervised."""
         mask = np.ones(len(ids), dtype=bool) if supervised is None else np.asarray(supervised, dtype=bool)
         self.ids.write(np.asarray(ids, dtype=self.dtype))
         self.supervised.write(mask)
-        self.begun += len(ids)
+        self.current_length += len(ids)
         self.tokens += len(ids)
         self.supervised_tokens += int(mask.sum())
 
     def add(self, ids: Ids, supervised: Mask, prompt_length: int = 0) -> None:
-        """Adds, and ends the example."""
+        """Appends ids and finishes the current example."""
         self.extend(ids, supervised)
-        self.lengths.append(self.begun)
+        self.lengths.append(self.current_length)
         self.prompt_lengths.append(prompt_length)
-        self.begun = 0
+        self.current_length = 0
 
     def end(self, paths: Sequence[str], bad_records: Sequence[str]) -> None:
-        """Counts the bad records; a `ValueError` that names the first one where there was nothing else."""
+        """Records the number of bad records. Raises `ValueError`, naming the first, if there were no good ones."""
         self.bad_records = len(bad_records)
         if not self.lengths:
             bad = f" but bad records ({len(bad_records)}), the first {bad_records[0]}" if bad_records else ""
@@ -482,7 +482,7 @@ class _Writer:
                 self._finish()
 
     def _finish(self) -> None:
-        """Writes what is known at the end only."""
+        """Writes the files that need all lengths: offsets, prompt lengths and meta.json."""
         lengths = np.array(self.lengths, dtype=np.int64)
         self._new("offsets.bin").write(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
         self._new("prompt_lengths.bin").write(np.array(self.prompt_lengths, dtype=np.int64))
@@ -500,5 +500,5 @@ class _Writer:
         )
         files = {name: {"bytes": file.bytes, "sha256": file.digest.hexdigest()} for name, file in self.files.items()}
         meta = {"dtype": str(self.dtype), "stats": asdict(stats), "files": files}
-        content = json.dumps({**meta, "sha256": _sum_of_meta(meta)}, indent=2)
+        content = json.dumps({**meta, "sha256": _sha256_of_meta(meta)}, indent=2)
         (self.folder / "meta.json").write_text(content, encoding="utf-8")

@@ -1,9 +1,9 @@
-"""GPT-2's byte-level byte-pair tokenizer: tiktoken does the work, Hugging Face's files come in and go out.
+"""GPT-2's byte-level BPE tokenizer: tiktoken encodes; vocabularies are read and written as Hugging Face's files.
 
-Text is cut into words by a regular expression, a word is taken as its UTF-8 bytes, and inside a word the pair of
-neighbours that was learned first is merged first, until no learned pair is left (Radford et al. 2019, "Language Models
-are Unsupervised Multitask Learners", section 2.2; `encoder.py` in github.com/openai/gpt-2). tiktoken keeps no list of
-merges: it merges the pair whose result has the lowest id. A vocabulary for which that is not the same is refused.
+A regular expression splits the text into words, each word is encoded as UTF-8 bytes, and within a word the adjacent
+pair that was learned first is merged first, until no learned pair is left (Radford et al. 2019, "Language Models are
+Unsupervised Multitask Learners", section 2.2; `encoder.py` in github.com/openai/gpt-2). tiktoken has no list of merges:
+it merges the pair whose result has the lowest id. A vocabulary for which this gives other merges is refused.
 """
 
 import base64
@@ -19,27 +19,29 @@ from typing import Any
 
 import tiktoken
 
-from minigpt.files import read_json, resolve_file, whole_file
+from minigpt.files import read_json, whole_file
+from minigpt.hub import resolve_file
 
 END_OF_TEXT = "<|endoftext|>"
-GPT2 = "openai-community/gpt2"  # of the hub, which also answers to gpt2, its name of old
+GPT2 = "openai-community/gpt2"  # hub id; the hub still accepts its former name, gpt2
 
-# The words of GPT-2's encoder.py, written without backtracking (`++`), as in tiktoken: a contraction, or letters,
-# digits or other signs with at most one blank before them, or white space less the blank that the next word takes.
+# The word pattern of GPT-2's encoder.py, with possessive quantifiers (`++`) against backtracking, as in tiktoken. A
+# word is a contraction; or letters, digits or other characters with at most one space before them; or white space,
+# without the space that belongs to the next word.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# Where PATTERN always ends a word: before white space that follows anything else, and before the last of a run of
-# white space. (Python counts the separators U+001C to U+001F as white space; Unicode and PATTERN do not.)
+# Positions at which PATTERN always ends a word: between another character and white space, and before the last
+# character of a run of white space. (Python counts U+001C to U+001F as white space; Unicode and PATTERN do not.)
 _SPACE, _OTHER = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"
 _WORD_END = re.compile(rf"(?<={_OTHER})(?={_SPACE})|(?<={_SPACE})(?={_SPACE}{_OTHER})")
-_PIECE = 1 << 16  # characters; where a million of white space stand before a word, tiktoken panics
+_PIECE = 1 << 16  # longer texts are split: tiktoken panics on a million white-space characters before a word
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Encodes text as token ids, and decodes ids to text.
 
-    `encode` reads ordinary text: `<|endoftext|>` typed by a user is seven ordinary tokens. Special tokens come only
-    from code that names their ids.
+    `encode` never produces special tokens: `<|endoftext|>` typed by a user becomes seven ordinary tokens. Code adds
+    special tokens by their ids.
 
     >>> tokenizer = Tokenizer.gpt2()
     >>> tokenizer.encode("Hello world")
@@ -48,15 +50,15 @@ class Tokenizer:
     'Hello world<|endoftext|>'
 
     Attributes:
-        special_tokens: special token -> id; holds at least `<|endoftext|>`.
+        special_tokens: special token -> id; contains at least `<|endoftext|>`.
         eot_id: the id of `<|endoftext|>`.
         vocab_size: the highest id + 1, special tokens included.
     """
 
     def __init__(self, ranks: dict[bytes, int], special_tokens: dict[str, int], source: str | Path = "tokenizer"):
-        """`ranks` maps each byte-pair token to its id, which is also its rank in merging; errors name `source`.
+        """`ranks` maps each BPE token to its id, which is also its merge rank; error messages begin with `source`.
 
-        Raises `ValueError` where a byte is missing, two tokens share an id, a token is not the union of two tokens
+        Raises `ValueError` if a byte has no token, two tokens share an id, a token cannot be merged from two tokens
         with lower ids, or there is no `<|endoftext|>`.
         """
         for byte in range(256):
@@ -80,12 +82,12 @@ class Tokenizer:
     def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> "Tokenizer":
         """Reads a local folder, a repository of the Hugging Face hub, a `.tiktoken` file, or `tiny`.
 
-        Of the files in a folder, `vocab.json` with `merges.txt` goes before `tokenizer.json` before one `*.tiktoken`.
-        `openai-community/gpt2`, or `gpt2`, also works without the hub where tiktoken's cache (`TIKTOKEN_CACHE_DIR`)
-        holds GPT-2's files.
+        In a folder, `vocab.json` with `merges.txt` takes precedence over `tokenizer.json`, and that over a single
+        `*.tiktoken`. `openai-community/gpt2`, or `gpt2`, also works offline if tiktoken's cache (`TIKTOKEN_CACHE_DIR`)
+        contains GPT-2's files.
 
-        Raises `FileNotFoundError` where there are no such files, and `ValueError` where one is broken or describes
-        another kind of tokenizer.
+        Raises `FileNotFoundError` if there are no such files, and `ValueError` if one is broken or describes another
+        kind of tokenizer.
         """
         if name_or_path == "tiny":
             return cls.tiny()
@@ -93,7 +95,7 @@ class Tokenizer:
             return cls._from_rank_file(Path(name_or_path))
         try:
             files = _find_files(name_or_path, revision)
-        except OSError as error:  # no such folder or repository, or a hub out of reach
+        except OSError as error:  # no such folder or repository, or the hub is unreachable
             if name_or_path not in (GPT2, "gpt2"):
                 raise
             files = _gpt2_in_tiktoken_cache()
@@ -116,27 +118,27 @@ class Tokenizer:
 
     @classmethod
     def tiny(cls) -> "Tokenizer":
-        """The small vocabulary that comes with the package."""
+        """The small vocabulary that is bundled with the package."""
         return cls.from_pretrained(Path(__file__).parents[1] / "assets" / "tiny.tiktoken")
 
     @classmethod
     def _from_rank_file(cls, path: Path) -> "Tokenizer":
-        """tiktoken's format: a line per token, base64 and rank. `<|endoftext|>` takes the id after the last."""
+        """tiktoken's format: one token per line, in base64, and its rank. `<|endoftext|>` gets the next free id."""
         ranks: dict[bytes, int] = {}
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
                 encoded, rank = line.split()
                 token, id = base64.b64decode(encoded, validate=True), int(rank)
             except ValueError as error:
-                raise ValueError(f"{path}:{number}: expected a token in base64, a blank and its rank") from error
+                raise ValueError(f"{path}:{number}: expected a token in base64, a space and its rank") from error
             if token in ranks:
-                raise ValueError(f"{path}:{number}: the token {token!r} stands here a second time (remove one)")
+                raise ValueError(f"{path}:{number}: duplicate token {token!r} (remove one)")
             ranks[token] = id
         return cls(ranks, {END_OF_TEXT: max(ranks.values(), default=0) + 1}, path)
 
     @classmethod
     def _from_hub_files(cls, files: dict[str, Path]) -> "Tokenizer":
-        """Every token that is neither a byte nor made by a merge is a special token."""
+        """Reads Hugging Face's files. A token that is neither a byte nor the result of a merge is a special token."""
         pipeline, config, added_tokens = (
             read_json(files[name]) if name in files else {}
             for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
@@ -146,19 +148,19 @@ class Tokenizer:
         if config.get("add_prefix_space"):
             raise ValueError(f"{files['tokenizer_config.json']}: add_prefix_space is true (only false is supported)")
 
-        # the merges, each with the number of the place where it stands
+        # ---- the merges as (line or index in the file, pair)
         if "vocab.json" in files and "merges.txt" in files:
             source, path = files["vocab.json"], files["merges.txt"]
             vocab = read_json(source)
             lines = enumerate(_read_text(path).split("\n"), start=1)
             merges = [(n, line.split(" ")) for n, line in lines if line and not line.startswith("#version")]
-            place = f"{path}:"
+            location = f"{path}:"
         else:
             source = files["tokenizer.json"]
             vocab = pipeline["model"]["vocab"]
             pairs = enumerate(pipeline["model"]["merges"])
             merges = [(i, pair.split(" ") if isinstance(pair, str) else pair) for i, pair in pairs]
-            place = f"{source}: merge "
+            location = f"{source}: merge "
 
         for token, id in vocab.items():
             if type(id) is not int or id < 0:
@@ -170,22 +172,22 @@ class Tokenizer:
             token = "".join(pair)
             if len(pair) != 2 or token not in vocab or not _BYTE_OF.keys() >= set(token):
                 raise ValueError(
-                    f"{place}{number}: no merge of two tokens into one of {source}: {pair} (fetch both files again)"
+                    f"{location}{number}: not a merge of two tokens into one of {source}: {pair} (fetch both again)"
                 )
             if vocab[token] <= highest:
                 raise ValueError(
-                    f"{place}{number}: {token} has the id {vocab[token]} after a merge with {highest}, but tiktoken "
-                    "needs ids that rise along the merges (number the tokens in the order of their merges)"
+                    f"{location}{number}: {token} has the id {vocab[token]} after a merge with {highest}, but tiktoken "
+                    "needs ascending ids in the order of merges (number the tokens in the order of their merges)"
                 )
             highest = ranks[bytes(map(_BYTE_OF.__getitem__, token))] = vocab[token]
             byte_pairs.add(token)
 
-        named = [(token["content"], token["id"]) for token in pipeline.get("added_tokens", [])]
-        named += [(token["content"], int(id)) for id, token in config.get("added_tokens_decoder", {}).items()]
+        added = [(token["content"], token["id"]) for token in pipeline.get("added_tokens", [])]
+        added += [(token["content"], int(id)) for id, token in config.get("added_tokens_decoder", {}).items()]
         special_tokens: dict[str, int] = {}
-        for token, id in [*vocab.items(), *named, *added_tokens.items()]:
+        for token, id in [*vocab.items(), *added, *added_tokens.items()]:
             if vocab.get(token, id) != id or special_tokens.get(token, id) != id:
-                raise ValueError(f"{source}: the added token {token!r} has another id elsewhere than {id} (keep one)")
+                raise ValueError(f"{source}: the added token {token!r} has an id other than {id} elsewhere (keep one)")
             if token not in byte_pairs:
                 special_tokens[token] = id
 
@@ -193,28 +195,28 @@ class Tokenizer:
         for (number, (left, right)), by_id in zip(merges, tokenizer._merges, strict=True):
             if len(left) != len(by_id[0]):
                 raise ValueError(
-                    f"{place}{number}: by ids {left + right} is not made of {left} and {right} (renumber the tokens)"
+                    f"{location}{number}: by ids {left + right} is not made of {left} and {right} (renumber the tokens)"
                 )
         return tokenizer
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides ids: equal for the same vocabulary, whatever files it came from."""
+        """A hash of everything that determines ids: equal for the same vocabulary, whatever files it was read from."""
         ranks = [(token.hex(), id) for token, id in self._ranks.items()]
         return hashlib.sha256(json.dumps([PATTERN, ranks, sorted(self.special_tokens.items())]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, taken as ordinary text. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
+        """The ids of `text`, without special tokens. A lone surrogate, which UTF-8 cannot encode, becomes U+FFFD."""
         if len(text) <= _PIECE:
             return self._bpe.encode_ordinary(text)
         return [id for piece in _pieces(text) for id in self._bpe.encode_ordinary(piece)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises `ValueError` for an unknown id."""
+        """The text of `ids`; invalid UTF-8 becomes U+FFFD. Raises `ValueError` for an unknown id."""
         return b"".join(map(self._bytes, ids)).decode(errors="replace")
 
     def stream_decoder(self) -> "StreamDecoder":
-        """Decodes one id at a time, for text that is shown as it comes."""
+        """A decoder for streaming: one id at a time."""
         return StreamDecoder(self._bytes)
 
     def _bytes(self, id: int) -> bytes:
@@ -224,9 +226,9 @@ class Tokenizer:
             raise ValueError(f"the id {id} is not in the vocabulary of {self.vocab_size}") from None
 
     def save_pretrained(self, folder: str | Path, model_max_length: int = 1024) -> None:
-        """Writes the files from which `AutoTokenizer.from_pretrained(folder)` builds the same tokenizer.
+        """Writes Hugging Face's files: `AutoTokenizer.from_pretrained(folder)` gives the same tokenizer.
 
-        `model_max_length` is the model's context in tokens.
+        `model_max_length` is the model's context length in tokens.
         """
         vocab = {_to_text(token): id for token, id in self._ranks.items()} | self.special_tokens
         vocab = dict(sorted(vocab.items(), key=lambda item: item[1]))
@@ -267,7 +269,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """What each `feed` returns and then `flush`, joined, is `decode` of the whole; no character comes in halves.
+    """Incremental decoding, by whole characters: all `feed` results and `flush`, joined, equal `decode` of all ids.
 
     >>> decoder = tokenizer.stream_decoder()
     >>> [decoder.feed(id) for id in tokenizer.encode("日本")] + [decoder.flush()]
@@ -279,19 +281,19 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, id: int) -> str:
-        """The text that `id` completes: empty while a character's bytes are still to come."""
+        """The text that `id` completes; empty while bytes of a character are missing."""
         return self._utf8.decode(self._token_bytes(id))
 
     def flush(self) -> str:
-        """U+FFFD for a character that was left incomplete, else nothing."""
+        """U+FFFD if the last character is incomplete, else an empty string."""
         return self._utf8.decode(b"", final=True)
 
 
 def _byte_alphabet() -> list[str]:
-    """The visible character by which GPT-2's files write each byte: its own in Latin-1, else the next from U+0100."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    """The printable character for each byte in GPT-2's files: its Latin-1 character, or else the next from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 _ALPHABET = _byte_alphabet()
@@ -303,15 +305,15 @@ def _to_text(token: bytes) -> str:
 
 
 def _last_merges(ranks: dict[bytes, int], source: str | Path) -> list[tuple[bytes, bytes]]:
-    """For each token of several bytes, in the order of ids, the two whose merge makes it: what byte-pair encoding of
-    its bytes by the lower ids leaves. `ranks` is in the order of ids."""
+    """The last merge of each multi-byte token, sorted by id: the two tokens that BPE with the lower ids leaves of its
+    bytes. `ranks` must be sorted by id."""
     halves = {bytes([byte]): (b"", b"") for byte in range(256)}
     for token, rank in ranks.items():
         if len(token) == 1:
             continue
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
-            if left in halves and right in halves and _stay_apart(left, right, rank, ranks, halves):
+            if left in halves and right in halves and _are_both_merged(left, right, rank, ranks, halves):
                 halves[token] = (left, right)
                 break
         else:
@@ -321,28 +323,28 @@ def _last_merges(ranks: dict[bytes, int], source: str | Path) -> list[tuple[byte
     return [pair for token, pair in halves.items() if len(token) > 1]
 
 
-def _stay_apart(
+def _are_both_merged(
     left: bytes, right: bytes, limit: int, ranks: dict[bytes, int], halves: dict[bytes, tuple[bytes, bytes]]
 ) -> bool:
-    """Whether both are made before a merge of a rank below `limit` crosses the seam between them.
+    """Whether BPE builds `left` and `right` without first doing a merge of a rank below `limit` across their boundary.
 
-    Merges are undone, the latest first; after each, only the two tokens at the seam could have merged otherwise (after
-    github/rust-gems, crates/bpe). Of equal ranks the left one merges first.
+    Undoes the merges, last one first. After each, only the two tokens at the boundary could have been merged instead
+    (the algorithm of github/rust-gems, crates/bpe). Of equal ranks the left pair is merged first.
     """
     while len(left) > 1 or len(right) > 1:
         if len(right) == 1 or (len(left) > 1 and ranks[left] > ranks[right]):
             limit, left = ranks[left], halves[left][1]
-            crossed = ranks.get(left + right, limit) < limit
+            crosses = ranks.get(left + right, limit) < limit
         else:
             limit, right = ranks[right], halves[right][0]
-            crossed = ranks.get(left + right, limit + 1) <= limit
-        if crossed:
+            crosses = ranks.get(left + right, limit + 1) <= limit
+        if crosses:
             return False
     return True
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cuts a long text where a word ends in any case, so that the ids of the pieces, joined, are those of the text."""
+    """Splits a long text where PATTERN always ends a word, so that the pieces can be encoded separately."""
     start = 0
     while end := _WORD_END.search(text, start + _PIECE):
         yield text[start : end.start()]
@@ -351,7 +353,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _find_files(name_or_path: str | Path, revision: str | None) -> dict[str, Path]:
-    """Those of a tokenizer's files that are there; a hub out of reach may have left some of them in its cache."""
+    """The existing files of a tokenizer, by name. Offline, the hub's cache may contain only some of them."""
     files: dict[str, Path] = {}
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json"):
         try:
@@ -366,23 +368,27 @@ def _find_files(name_or_path: str | Path, revision: str | None) -> dict[str, Pat
 
 
 def _gpt2_in_tiktoken_cache() -> dict[str, Path]:
-    """GPT-2's files under the names that tiktoken gives them, the hash of their address; empty where they are not.
+    """GPT-2's files in tiktoken's cache, which names them by the SHA-1 of their URL; empty if one is missing.
 
-    `tiktoken.get_encoding` would read them too, but where one is absent or damaged it downloads without a time-out.
+    `tiktoken.get_encoding` is not used, because it downloads a missing or damaged file without a timeout.
     """
-    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    base_url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR", ""))
     names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
-    files = {ours: folder / hashlib.sha1((address + name).encode()).hexdigest() for ours, name in names.items()}
+    files = {
+        hub_name: folder / hashlib.sha1((base_url + name).encode()).hexdigest() for hub_name, name in names.items()
+    }
     return files if all(path.is_file() for path in files.values()) else {}
 
 
 def _check_pipeline(pipeline: dict[str, Any], path: Path) -> None:
-    """Refuses a tokenizer.json whose ids would not be those of PATTERN and byte pairs."""
-    words = {"use_regex": True} | (pipeline.get("pre_tokenizer") or {})
-    gpt2_words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    if not words.items() >= gpt2_words.items() or pipeline.get("normalizer"):
-        raise ValueError(f"{path}: another pre_tokenizer or normalizer than GPT-2's (only {gpt2_words} is supported)")
+    """Raises `ValueError` for a tokenizer.json that is not byte-level BPE with PATTERN."""
+    pre_tokenizer = {"use_regex": True} | (pipeline.get("pre_tokenizer") or {})
+    gpt2_pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    if not pre_tokenizer.items() >= gpt2_pre_tokenizer.items() or pipeline.get("normalizer"):
+        raise ValueError(
+            f"{path}: the pre_tokenizer or normalizer is not GPT-2's (only {gpt2_pre_tokenizer} is supported)"
+        )
     model = pipeline.get("model") or {}
     if model.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= model.keys():
         raise ValueError(f"{path}: expected a model of type BPE with vocab and merges")

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minigpt.files import read_json, resolve_file, whole_file
+from minigpt.files import read_json, whole_file
+from minigpt.hub import resolve_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

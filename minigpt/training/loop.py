@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minigpt.data.collate import Batch, collate
 from minigpt.data.encode import Example
-from minigpt.data.order import epoch_windows, replay_rows, shard
+from minigpt.data.order import epoch_global_batches, replay_indices, shard
 from minigpt.distributed import all_or_none, is_main, print0, rank, sum_over_ranks, world_size
 from minigpt.files import remove, wait_until_visible
 from minigpt.settings.groups import TrainConfig
@@ -196,10 +196,12 @@ def train(
             # ---- data: one window of examples, cut into micro-batches of similar length, and of them this rank's
             epoch, place = divmod(step - 1, steps_per_epoch)
             if place == 0 or step == first_step + 1:
-                windows = epoch_windows(lengths[:n_examples], window_size, config.seed, epoch, config.group_by_length)
+                windows = epoch_global_batches(
+                    lengths[:n_examples], window_size, config.seed, epoch, config.group_by_length
+                )
             rows = windows[place]
             if replayed:
-                rows = np.append(rows, n_examples + replay_rows(len(replay_data), replayed, config.seed, step - 1))
+                rows = np.append(rows, n_examples + replay_indices(len(replay_data), replayed, config.seed, step - 1))
             batches = []
             for places in shard(lengths[rows], config.per_device_train_batch_size, rank(), world_size()):
                 micro_batch = [

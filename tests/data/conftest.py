@@ -1,4 +1,4 @@
-"""What several tests of the data read: hard texts, and a vocabulary trained on them."""
+"""Fixtures: difficult texts for tokenizers, and a vocabulary trained on them."""
 
 import base64
 import json

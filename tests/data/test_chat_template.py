@@ -1,7 +1,4 @@
-"""The exported chat template, through transformers: what it asks a model is what we trained it on.
-
-First the strings of every kind of conversation, then the ids, from a folder as a run exports it.
-"""
+"""The exported chat template, applied by transformers, gives the strings and the ids that the model was trained on."""
 
 import random
 from dataclasses import replace
@@ -19,21 +16,29 @@ from minigpt.training.run.checkpoint import export
 
 TOKENIZER = Tokenizer.tiny()
 PIECES = ["Name", " the", "capital", "s", " ", "  ", "\n", "\n\n", "\t", *".:é", "日本", "😀", "{x}", "'s", "123"]
-EDGES = [*"Aé日😀.:'{7", " ", "\n", "\t", "\n a", "###", "Human:"]  # what beginnings and ends might merge with
+EDGES = [
+    *"Aé日😀.:'{7",
+    " ",
+    "\n",
+    "\t",
+    "\n a",
+    "###",
+    "Human:",
+]  # texts begin and end with these: candidates for merges across segments
 
 
 def templates() -> dict[str, Template]:
-    found = dict(TEMPLATES)
+    templates = dict(TEMPLATES)
     for name, template in TEMPLATES.items():
         if template.triggers:
             words = ("Request", "in put", "Réponse", "[Human]", "<bot>")
-            found[f"{name}, other words"] = get_template(name, **dict(zip(template.triggers, words)))
-    return found
+            templates[f"{name}, other words"] = get_template(name, **dict(zip(template.triggers, words)))
+    return templates
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory):
-    """`judge(template)`: transformers' tokenizer of a folder that was exported with it."""
+def load_export(tmp_path_factory):
+    """`load_export(template)`: exports a model with the template, and loads the folder's tokenizer by transformers."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(TOKENIZER.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=1))
 
@@ -45,23 +50,23 @@ def judge(tmp_path_factory):
     return load
 
 
-def said(draw: random.Random) -> str:
-    return draw.choice(EDGES) + "".join(draw.choices(PIECES, k=draw.randint(0, 8))) + draw.choice(EDGES)
+def random_text(rng: random.Random) -> str:
+    return rng.choice(EDGES) + "".join(rng.choices(PIECES, k=rng.randint(0, 8))) + rng.choice(EDGES)
 
 
 def text_of(template: Template, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     return "".join(segment.text for segment in template.render(messages, add_generation_prompt))
 
 
-def ours(template: Template, messages: list[dict[str, str]]) -> list[int]:
+def our_ids(template: Template, messages: list[dict[str, str]]) -> list[int]:
     return list(encode_segments(template.render(messages, add_generation_prompt=True), TOKENIZER).ids)
 
 
-def theirs(tokenizer, messages: list[dict[str, str]]) -> list[int]:
+def their_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 
-# ---- the same strings
+# ---- equal strings
 
 AWKWARD = [
     "",
@@ -74,33 +79,36 @@ AWKWARD = [
 
 
 def awkward_conversations() -> list[list[dict[str, str]]]:
-    found = []
+    conversations = []
     for content in AWKWARD:
         user, answer = {"role": "user", "content": content}, {"role": "assistant", "content": content}
-        given, system = {**user, "input": content}, {"role": "system", "content": content}
-        empty = {**user, "input": ""}
+        with_input, system = {**user, "input": content}, {"role": "system", "content": content}
+        empty_input = {**user, "input": ""}
         for first, turns in product(
             ([], [system]),
-            ([user], [given], [empty, answer, given], [given, answer, user], [given, answer, user, answer, given]),
+            (
+                *([user], [with_input], [empty_input, answer, with_input], [with_input, answer, user]),
+                [with_input, answer, user, answer, with_input],
+            ),
         ):
-            found += [[*first, *turns], [*first, *turns, answer]]
-        found += [[{"role": "text", "content": content}], [system]]
-    return found
+            conversations += [[*first, *turns], [*first, *turns, answer]]
+        conversations += [[{"role": "text", "content": content}], [system]]
+    return conversations
 
 
 def awkward_templates() -> dict[str, Template]:
-    found = {name: get_template(name) for name in TEMPLATES}
+    templates = {name: get_template(name) for name in TEMPLATES}
     for words in ("'quoted' \"twice\" \\", "{{ x }} {% y %} {content} {0}", "é\n\r\n\r \\n ", "-}} %}"):
-        found[f"hugchat of {words}"] = get_template("hugchat", human=words, assistant=words)
-        found[f"alpaca of {words}"] = get_template("alpaca", instruction=words, input=words, output=words)
+        templates[f"hugchat of {words}"] = get_template("hugchat", human=words, assistant=words)
+        templates[f"alpaca of {words}"] = get_template("alpaca", instruction=words, input=words, output=words)
     braces = dict.fromkeys(("user", "answer", "system", "separator", "preamble"), "{{{human}}} '\\ }}{{ {content}")
-    return found | {"braces": replace(get_template("hugchat"), **braces)}
+    return templates | {"braces": replace(get_template("hugchat"), **braces)}
 
 
 @pytest.mark.parametrize("name", awkward_templates())
-def test_chat_template_says_the_same(name, judge):
+def test_chat_template_renders_the_same_text(name, load_export):
     template = awkward_templates()[name]
-    tokenizer = judge(template)
+    tokenizer = load_export(template)
     for messages, add_generation_prompt in product(awkward_conversations(), (False, True)):
         if add_generation_prompt and messages[-1]["role"] not in ("user", "text"):
             continue
@@ -108,37 +116,41 @@ def test_chat_template_says_the_same(name, judge):
         assert rendered == text_of(template, messages, add_generation_prompt)
 
 
-# ---- the same ids
+# ---- equal ids
 
 
 @pytest.mark.parametrize("name", templates())
-def test_a_question_is_asked_in_the_same_ids(name, judge):
+def test_a_single_question_gives_the_same_ids(name, load_export):
     template = templates()[name]
-    tokenizer, draw = judge(template), random.Random(name)
+    tokenizer, rng = load_export(template), random.Random(name)
     for _ in range(50):
         for with_input, with_system in product((False, True), (False, True)):
-            question = {"role": "user", "content": said(draw), **({"input": said(draw)} if with_input else {})}
-            system = [{"role": "system", "content": said(draw)}] if with_system else []
+            question = {
+                "role": "user",
+                "content": random_text(rng),
+                **({"input": random_text(rng)} if with_input else {}),
+            }
+            system = [{"role": "system", "content": random_text(rng)}] if with_system else []
             messages = [*system, question]
-            assert theirs(tokenizer, messages) == ours(template, messages), messages
+            assert their_ids(tokenizer, messages) == our_ids(template, messages), messages
 
 
 @pytest.mark.parametrize("name", templates())
-def test_a_dialogue_is_asked_in_the_same_text(name, judge):
-    """And in the same ids but for seams: what one encodes as pieces, the other encodes as one text."""
+def test_a_dialogue_gives_the_same_text(name, load_export):
+    """The ids may differ at segment boundaries: we tokenize segments separately, transformers the whole text."""
     template = templates()[name]
-    tokenizer, draw = judge(template), random.Random(name)
+    tokenizer, rng = load_export(template), random.Random(name)
     for _ in range(20):
-        messages = [{"role": ("user", "assistant")[n % 2], "content": said(draw)} for n in range(5)]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": random_text(rng)} for n in range(5)]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert text == text_of(template, messages)
-        assert theirs(tokenizer, messages).count(tokenizer.eos_token_id) == 2
-        assert tokenizer.decode(theirs(tokenizer, messages)) == text
+        assert their_ids(tokenizer, messages).count(tokenizer.eos_token_id) == 2
+        assert tokenizer.decode(their_ids(tokenizer, messages)) == text
 
 
-def test_a_literal_special_token_forges_a_turn_there_and_not_here(judge):
+def test_typed_end_of_text_is_a_special_token_in_transformers_but_not_here(load_export):
     template = get_template("alpaca")
-    tokenizer, messages = judge(template), [{"role": "user", "content": f"Say {END_OF_TEXT} twice."}]
-    assert theirs(tokenizer, messages).count(tokenizer.eos_token_id) == 1
-    assert ours(template, messages).count(tokenizer.eos_token_id) == 0
-    assert tokenizer.decode(theirs(tokenizer, messages)) == TOKENIZER.decode(ours(template, messages))
+    tokenizer, messages = load_export(template), [{"role": "user", "content": f"Say {END_OF_TEXT} twice."}]
+    assert their_ids(tokenizer, messages).count(tokenizer.eos_token_id) == 1
+    assert our_ids(template, messages).count(tokenizer.eos_token_id) == 0
+    assert tokenizer.decode(their_ids(tokenizer, messages)) == TOKENIZER.decode(our_ids(template, messages))

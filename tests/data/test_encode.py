@@ -1,4 +1,4 @@
-"""Conversations as ids: what is supervised, and what is cut when there is too much."""
+"""Encoding conversations: which ids are supervised, and how long ones are truncated."""
 
 import random
 
@@ -34,7 +34,7 @@ def question(text: str, first: bool = True) -> list[int]:
     return ids_of(f"{'' if first else chr(10) * 2}### Instruction:\n{text}\n\n### Output:\n")
 
 
-def test_the_answer_and_its_end_are_supervised():
+def test_answer_and_end_of_text_are_supervised():
     example = encode([user("Name the capital."), assistant("Paris.")])
     prompt, answer = question("Name the capital."), ids_of("Paris.")
     assert example.ids == [*prompt, *answer, EOT]
@@ -42,7 +42,7 @@ def test_the_answer_and_its_end_are_supervised():
     assert len(example) == len(prompt) + len(answer) + 1
 
 
-def test_every_answer_and_every_end_is_supervised():
+def test_every_answer_of_a_dialogue_is_supervised():
     system = {"role": "system", "content": "Be brief."}
     example = encode(
         [system, user("One?"), assistant("1"), user("Two?"), assistant(""), user("Three?"), assistant("3")]
@@ -51,7 +51,7 @@ def test_every_answer_and_every_end_is_supervised():
         (ids_of("Be brief.\n\n### Instruction:\nOne?\n\n### Output:\n"), False),
         ([*ids_of("1"), EOT], True),
         (question("Two?", first=False), False),
-        ([EOT], True),  # an empty answer is an answer: the model learns to stop
+        ([EOT], True),  # an empty answer still trains end-of-text
         (question("Three?", first=False), False),
         ([*ids_of("3"), EOT], True),
     ]
@@ -59,26 +59,26 @@ def test_every_answer_and_every_end_is_supervised():
     assert example.supervised == [supervised for ids, supervised in parts for _ in ids]
 
 
-def test_train_on_prompt_supervises_all():
+def test_train_on_prompt_supervises_everything():
     messages = [user("One?"), assistant("1"), user("Two?"), assistant("2")]
     example = encode(messages, train_on_prompt=True)
     assert example.ids == encode(messages).ids
     assert example.supervised == [True] * len(example)
 
 
-def test_a_text_is_supervised_from_its_first_token_to_its_end():
+def test_plain_text_is_fully_supervised():
     example = encode([{"role": "text", "content": "Once upon a time"}])
     assert example == Example([*ids_of("Once upon a time"), EOT], [True] * (len(ids_of("Once upon a time")) + 1))
 
 
-def test_template_none_supervises_the_question():
+def test_template_none_supervises_the_prompt():
     example = encode([user("Name"), assistant("Paris.")], template=get_template("none"))
     assert example.ids == [*ids_of("Name"), *ids_of("\nParis."), EOT]
     assert all(example.supervised)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_end_of_text_in_a_conversation_forges_nothing(name):
+def test_typed_end_of_text_is_not_the_special_token(name):
     typed = f"a{END_OF_TEXT}b {END_OF_TEXT}"
     messages = [
         {"role": "system", "content": typed},
@@ -95,7 +95,7 @@ def test_end_of_text_in_a_conversation_forges_nothing(name):
         assert encode([user(text), assistant(text)], template=get_template(name)).ids.count(EOT) == 1
 
 
-def test_segments_are_encoded_each_on_its_own():
+def test_segments_are_tokenized_separately():
     segments = [Segment("Par", False), Segment("is.", True), Segment(END_OF_TEXT, True, special=True)]
     example = encode_segments(segments, TOKENIZER)
     assert example.ids == [*ids_of("Par", "is."), EOT] != [*ids_of("Paris."), EOT]
@@ -103,18 +103,18 @@ def test_segments_are_encoded_each_on_its_own():
     assert encode_segments([], TOKENIZER) == Example([], [])
 
 
-# ---- cut to length
+# ---- truncation
 
-ONE = [user("Name the capital of France."), assistant("The capital of France is Paris.")]
+CAPITAL = [user("Name the capital of France."), assistant("The capital of France is Paris.")]
 PROMPT, ANSWER = question("Name the capital of France."), [*ids_of("The capital of France is Paris."), EOT]
 
 
-def test_the_limit_is_one_more_than_the_positions():
+def test_the_limit_is_max_seq_length_plus_one_ids():
     whole = len(PROMPT) + len(ANSWER)
-    assert fit_example(ONE, IO, TOKENIZER, whole - 1) == Fitted(
+    assert fit_example(CAPITAL, IO, TOKENIZER, whole - 1) == Fitted(
         Example(PROMPT + ANSWER, [False] * len(PROMPT) + [True] * len(ANSWER)), [], [], len(PROMPT)
     )
-    assert fit_example(ONE, IO, TOKENIZER, whole - 2) == Fitted(
+    assert fit_example(CAPITAL, IO, TOKENIZER, whole - 2) == Fitted(
         Example(PROMPT[1:] + ANSWER, [False] * (len(PROMPT) - 1) + [True] * len(ANSWER)),
         PROMPT[:1],
         [],
@@ -122,32 +122,32 @@ def test_the_limit_is_one_more_than_the_positions():
     )
 
 
-def test_the_prompt_loses_its_left_end_before_the_answer_loses_its_right():
-    assert fit_example(ONE, IO, TOKENIZER, len(ANSWER)) == Fitted(
+def test_the_prompt_is_truncated_before_the_answer():
+    assert fit_example(CAPITAL, IO, TOKENIZER, len(ANSWER)) == Fitted(
         Example(PROMPT[-1:] + ANSWER, [False] + [True] * len(ANSWER)), PROMPT[:-1], [], 1
     )
-    assert fit_example(ONE, IO, TOKENIZER, len(ANSWER) - 2) == Fitted(
+    assert fit_example(CAPITAL, IO, TOKENIZER, len(ANSWER) - 2) == Fitted(
         Example(PROMPT[-1:] + ANSWER[:-2], [False] + [True] * (len(ANSWER) - 2)), PROMPT[:-1], ANSWER[-2:], 1
     )
-    assert fit_example(ONE, IO, TOKENIZER, 1) == Fitted(
+    assert fit_example(CAPITAL, IO, TOKENIZER, 1) == Fitted(
         Example([PROMPT[-1], ANSWER[0]], [False, True]), PROMPT[:-1], ANSWER[1:], 1
     )
 
 
-def test_a_text_keeps_its_beginning():
+def test_plain_text_is_truncated_on_the_right():
     ids = [*ids_of("Once upon a time there was a king."), EOT]
     assert fit_example([{"role": "text", "content": "Once upon a time there was a king."}], IO, TOKENIZER, 4) == Fitted(
         Example(ids[:5], [True] * 5), [], ids[5:], 0
     )
 
 
-def test_the_oldest_whole_turns_go_first_and_the_system_text_stays():
+def test_oldest_turns_are_dropped_and_the_system_message_kept():
     system = {"role": "system", "content": "Be brief."}
     turns = [[user(f"Question {n}?"), assistant(f"Answer {n}.")] for n in range(4)]
-    kept = encode([system, *turns[2], *turns[3]])
+    expected = encode([system, *turns[2], *turns[3]])
     messages = [system, *[message for turn in turns for message in turn]]
-    fitted = fit_example(messages, IO, TOKENIZER, len(kept) - 1)
-    assert fitted.example == kept
+    fitted = fit_example(messages, IO, TOKENIZER, len(expected) - 1)
+    assert fitted.example == expected
     assert fitted.cut_left == [
         *ids_of("Be brief.\n\n### Instruction:\nQuestion 0?\n\n### Output:\n", "Answer 0."),
         EOT,
@@ -157,27 +157,27 @@ def test_the_oldest_whole_turns_go_first_and_the_system_text_stays():
     ]
     assert fitted.cut_right == []
     assert fitted.prompt_length == len(ids_of("Be brief.\n\n### Instruction:\nQuestion 2?\n\n### Output:\n"))
-    assert encode(messages, len(kept) - 2) == encode([system, *turns[3]])
+    assert encode(messages, len(expected) - 2) == encode([system, *turns[3]])
 
 
-def test_no_turn_goes_that_would_have_fitted():
-    """In hugchat the turn that becomes the first loses the separator before it, and that may be what was too much."""
+def test_no_more_turns_are_dropped_than_needed():
+    """In hugchat a turn that becomes the first loses its separator, and is then just short enough."""
     hugchat = get_template("hugchat")
     turns = [[user(f"Question {n}?"), assistant(f"Answer {n}.")] for n in range(3)]
-    kept = encode([*turns[1], *turns[2]], template=hugchat)
-    assert encode([*turns[0], *turns[1], *turns[2]], len(kept) - 1, hugchat) == kept
+    expected = encode([*turns[1], *turns[2]], template=hugchat)
+    assert encode([*turns[0], *turns[1], *turns[2]], len(expected) - 1, hugchat) == expected
 
 
-def test_nothing_supervised_is_none():
+def test_nothing_supervised_gives_none():
     assert encode([]) is None
     assert encode([user("Name the capital.")]) is None
     assert encode([user("Name the capital.")], train_on_prompt=True) is None
-    assert encode([{"role": "text", "content": ""}]) is None  # its end alone: nothing is left after the shift
-    assert encode(ONE, max_seq_length=0) is None
+    assert encode([{"role": "text", "content": ""}]) is None  # only end-of-text: no target is left after the shift
+    assert encode(CAPITAL, max_seq_length=0) is None
 
 
 def naive(messages, template, max_seq_length) -> Fitted:
-    """The same, one step after the other, each time from the messages."""
+    """Reference implementation: one step at a time, rendering the remaining messages again each time."""
 
     def pieces() -> list[tuple[list[int], bool]]:
         return [
@@ -202,19 +202,19 @@ def naive(messages, template, max_seq_length) -> Fitted:
     return Fitted(Example(ids[:n], supervised[:n]), cut_left, ids[n:], prompt_length)
 
 
-def random_conversation(draw: random.Random) -> list[dict[str, str]]:
+def random_conversation(rng: random.Random) -> list[dict[str, str]]:
     def text() -> str:
-        return " ".join(draw.choices(["a", "king", "Name", "the", "capital", "1", "é日"], k=draw.randint(1, 12)))
+        return " ".join(rng.choices(["a", "king", "Name", "the", "capital", "1", "é日"], k=rng.randint(1, 12)))
 
-    messages = [{"role": "system", "content": text()}] if draw.random() < 0.3 else []
-    for _ in range(draw.choice([1, 1, 2, 3, 6])):
-        messages += [user(text(), input=draw.choice(["", text()])), assistant(text())]
+    messages = [{"role": "system", "content": text()}] if rng.random() < 0.3 else []
+    for _ in range(rng.choice([1, 1, 2, 3, 6])):
+        messages += [user(text(), input=rng.choice(["", text()])), assistant(text())]
     return messages
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_any_conversation_at_any_length(name):
-    draw, template = random.Random(name), get_template(name)
+def test_random_conversations_match_the_reference_implementation(name):
+    rng, template = random.Random(name), get_template(name)
     for _ in range(150):
-        messages, length = random_conversation(draw), draw.choice([1, 2, 5, 20, 40, 60, 80, 120, 200])
+        messages, length = random_conversation(rng), rng.choice([1, 2, 5, 20, 40, 60, 80, 120, 200])
         assert fit_example(messages, template, TOKENIZER, length) == naive(list(messages), template, length)

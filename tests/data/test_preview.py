@@ -1,4 +1,4 @@
-"""What `--inspect` prints, to the letter."""
+"""The exact output of `--inspect`."""
 
 import json
 import os
@@ -42,12 +42,12 @@ def test_several_turns_and_train_on_prompt():
 
 def test_cut_tokens():
     ids = TOKENIZER.encode(PROMPT)
-    cut, kept = TOKENIZER.decode(ids[:3]), TOKENIZER.decode(ids[3:])
+    cut, rest = TOKENIZER.decode(ids[:3]), TOKENIZER.decode(ids[3:])
     head = f"{LENGTH - 3 + ANSWER_LENGTH} tokens, {ANSWER_LENGTH} supervised, 3 cut\n"
     length = LENGTH - 3 + ANSWER_LENGTH - 1
-    assert show([QUESTION, ANSWER], length) == f"{head}{{cut: {cut}}}{kept}[Paris.{END}]"
+    assert show([QUESTION, ANSWER], length) == f"{head}{{cut: {cut}}}{rest}[Paris.{END}]"
     assert show([QUESTION, ANSWER], length, terminal=True) == (
-        f"{head}{RED}{cut}{PLAIN}{CYAN}{kept}{PLAIN}{GREEN}Paris.{END}{PLAIN}"
+        f"{head}{RED}{cut}{PLAIN}{CYAN}{rest}{PLAIN}{GREEN}Paris.{END}{PLAIN}"
     )
     right = show([QUESTION, ANSWER], ANSWER_LENGTH - 1)
     assert right == (
@@ -58,18 +58,18 @@ def test_cut_tokens():
     assert turns.partition("\n")[2] == f"{{cut: {PROMPT}Paris.{END}}}{PROMPT}[Paris.{END}]"
 
 
-def test_a_dropped_example_says_so():
+def test_a_dropped_example():
     assert show([{"role": "text", "content": ""}]) == "dropped: no supervised token within 1000 positions\n"
 
 
 @pytest.mark.parametrize(("no_color", "colored"), [("", True), ("1", False), ("0", False)])
 def test_no_color(no_color, colored):
     """no-color.org: "when present and not an empty string (regardless of its value)"."""
-    shown = show([QUESTION, ANSWER], terminal=True, no_color=no_color)
-    assert shown == show([QUESTION, ANSWER], terminal=colored)
+    text = show([QUESTION, ANSWER], terminal=True, no_color=no_color)
+    assert text == show([QUESTION, ANSWER], terminal=colored)
 
 
-def test_the_first_examples_of_files(tmp_path, capsys, monkeypatch):
+def test_show_examples(tmp_path, capsys, monkeypatch):
     rows = [{"instruction": "Name it.", "output": "Paris."}, {"a": 1}, {"text": ""}, {"text": "Once"}, {"text": "Two"}]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -80,6 +80,6 @@ def test_the_first_examples_of_files(tmp_path, capsys, monkeypatch):
         f"---- {path}:3: dropped: no supervised token within 1000 positions\n\n"
         f"---- {path}:4: {once} tokens, {once} supervised, 0 cut\n[Once{END}]\n"
     )
-    monkeypatch.setenv("RANK", "1")  # under a launcher every rank printed them
+    monkeypatch.setenv("RANK", "1")  # regression: under a launcher every rank printed them
     show_examples([str(path)], 3, IO, TOKENIZER, 1000)
     assert capsys.readouterr().out == ""

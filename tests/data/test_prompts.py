@@ -1,6 +1,6 @@
-"""Every template's exact strings, trigger words, and the file that travels with a model.
+"""Every template's exact strings, trigger words, and the file saved with a model.
 
-The jinja that says the same to transformers: test_chat_template.py.
+The equivalent jinja template is tested in test_chat_template.py.
 """
 
 import doctest
@@ -11,7 +11,7 @@ from dataclasses import replace
 import jinja2
 import pytest
 
-from minigpt import files
+from minigpt import hub
 from minigpt.data import prompts
 from minigpt.data.encode import encode_segments, fit_example
 from minigpt.data.prompts import TEMPLATES, Segment, Template, get_template, template_of
@@ -39,7 +39,7 @@ ASKED_WITH_INPUT = "### Instruction:\nName the capital.\n\n### Input:\nFrance\n\
 IIO = "### Instruction:\nName the capital.\n\n### Input:\n\n\n### Output:\n"
 IIO_WITH_INPUT = "### Instruction:\nName the capital.\n\n### Input:\nFrance\n\n### Output:\n"
 
-# what precedes each answer, and what the answer is
+# (prompt, answer) pairs
 ALPACA = {
     "one turn": [(BELOW + WRITE + ASKED, "Paris.")],
     "input": [(BELOW + FURTHER + WRITE + ASKED_WITH_INPUT, "Paris.")],
@@ -105,13 +105,13 @@ def test_exact_strings(name, case):
     for prompt, answer in RENDERED[name][case]:
         expected += [Segment(prompt, supervised=name == "none"), Segment(answer, supervised=True), EOT]
     assert template.render(CASES[case]) == expected
-    # asked the last question, the same segments up to its answer; unanswered, the question is left out
+    # with a generation prompt, the same segments up to the last answer; without, the open question is left out
     assert template.render(CASES[case][:-1], add_generation_prompt=True) == expected[:-2]
     assert template.render(CASES[case][:-1]) == expected[:-3]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_text_is_verbatim(name):
+def test_plain_text_is_verbatim(name):
     assert get_template(name).render([]) == []
     text = Segment("Once upon\n a time ", supervised=True)
     assert get_template(name).render([TEXT]) == [text, EOT]
@@ -122,22 +122,22 @@ def test_docstring_example():
     assert doctest.testmod(prompts) == doctest.TestResults(failed=0, attempted=2)
 
 
-WRONG_TURNS = {
-    "an answer first": ([ANSWER], False, "turn 1 has the role 'assistant' where 'user' belongs"),
-    "two questions": ([SYSTEM, QUESTION, QUESTION], False, "turn 2 has the role 'user' where 'assistant' belongs"),
-    "a late system text": ([QUESTION, ANSWER, SYSTEM], False, "turn 3 has the role 'system' where 'user' belongs"),
-    "two system texts": ([SYSTEM, SYSTEM], False, "turn 1 has the role 'system' where 'user' belongs"),
-    "an unknown role": ([{"role": "tool", "content": ""}], False, "turn 1 has the role 'tool' where 'user' belongs"),
-    "more behind a text": ([TEXT, QUESTION], False, "turn 1 has the role 'text' where 'user' belongs"),
-    "nothing to answer": ([QUESTION, ANSWER], True, "the last message is to be answered, so it must be a user's"),
-    "a system text alone": ([SYSTEM], True, "the last message is to be answered, so it must be a user's"),
-    "nothing at all": ([], True, "the last message is to be answered, so it must be a user's"),
+WRONG_ROLES = {
+    "an answer first": ([ANSWER], False, "turn 1 has the role 'assistant', expected 'user'"),
+    "two questions": ([SYSTEM, QUESTION, QUESTION], False, "turn 2 has the role 'user', expected 'assistant'"),
+    "a late system message": ([QUESTION, ANSWER, SYSTEM], False, "turn 3 has the role 'system', expected 'user'"),
+    "two system messages": ([SYSTEM, SYSTEM], False, "turn 1 has the role 'system', expected 'user'"),
+    "an unknown role": ([{"role": "tool", "content": ""}], False, "turn 1 has the role 'tool', expected 'user'"),
+    "a message after a text": ([TEXT, QUESTION], False, "turn 1 has the role 'text', expected 'user'"),
+    "nothing to answer": ([QUESTION, ANSWER], True, "the last message must be a user's, because the model answers it"),
+    "only a system message": ([SYSTEM], True, "the last message must be a user's, because the model answers it"),
+    "no messages": ([], True, "the last message must be a user's, because the model answers it"),
 }
 
 
-@pytest.mark.parametrize("name", WRONG_TURNS)
-def test_wrong_turns_are_refused(name):
-    messages, add_generation_prompt, message = WRONG_TURNS[name]
+@pytest.mark.parametrize("name", WRONG_ROLES)
+def test_wrong_roles_are_errors(name):
+    messages, add_generation_prompt, message = WRONG_ROLES[name]
     with pytest.raises(ValueError) as caught:
         get_template("alpaca").render(messages, add_generation_prompt)
     assert str(caught.value) == message
@@ -177,14 +177,14 @@ TRIGGERS = {
 
 
 @pytest.mark.parametrize("name", TRIGGERS)
-def test_trigger_words_change_everywhere(name):
+def test_trigger_words_are_replaced_everywhere(name):
     words, text, stop = TRIGGERS[name]
     template = get_template(name, **words)
     assert text_of(template.render([WITH_INPUT, ANSWER])).endswith(text)
     assert template.stop_strings() == stop
     assert template.read_answer(f" Paris.\n\n{stop[0]} more") == "Paris."
-    assert get_template(name) == TEMPLATES[name]  # the built-in one is as it was
-    assert get_template(name, **{**words, min(words): ""}).triggers[min(words)] == ""  # empty is a word, too
+    assert get_template(name) == TEMPLATES[name]  # the built-in template is unchanged
+    assert get_template(name, **{**words, min(words): ""}).triggers[min(words)] == ""  # empty is a word too
 
 
 def test_stop_strings_of_the_built_in_templates():
@@ -210,7 +210,7 @@ UNKNOWN_TRIGGERS = {
 
 
 @pytest.mark.parametrize(("name", "trigger"), UNKNOWN_TRIGGERS)
-def test_unknown_trigger_words_are_refused_by_name(name, trigger):
+def test_unknown_trigger_words_are_errors(name, trigger):
     with pytest.raises(ValueError) as caught:
         get_template(name, **{trigger: "X"})
     assert str(caught.value) == UNKNOWN_TRIGGERS[name, trigger]
@@ -224,24 +224,24 @@ def test_read_answer_ends_at_the_first_stop_string():
     assert template.read_answer("Human: Paris.") == ""
 
 
-# ---- trap 5: the merge of prompt and answer
+# ---- byte-pair merges across the boundary of prompt and answer
 
 
-def test_what_is_trained_is_what_is_asked():
-    """Joined text, encoded, merges the last bytes of the prompt with the answer's first: ids that chat never asks."""
-    tokenizer, draw = Tokenizer.tiny(), random.Random(0)
+def test_training_and_inference_tokenize_the_prompt_alike():
+    """Tokenizing the joined text may merge the prompt's last bytes with the answer's first, which chat never does."""
+    tokenizer, rng = Tokenizer.tiny(), random.Random(0)
     pieces = ["Name", " the", "capital", " ", "\n", "\n", ".", ":", "é", "日", "😀", END_OF_TEXT, "{", "}", "'s"]
 
     def text() -> str:
-        return "".join(draw.choices(pieces, k=draw.randint(0, 6)))
+        return "".join(rng.choices(pieces, k=rng.randint(0, 6)))
 
     merged, templates = 0, list(TEMPLATES.values())
     for _ in range(100):
-        template, conversations = draw.choice(templates), []
+        template, conversations = rng.choice(templates), []
         for _ in range(100):
-            user, answer = {"role": "user", "content": text(), "input": draw.choice(["", text()])}, text()
+            user, answer = {"role": "user", "content": text(), "input": rng.choice(["", text()])}, text()
             turns = [user, {"role": "assistant", "content": answer}]
-            conversations.append([*draw.choice([[], turns]), *turns])
+            conversations.append([*rng.choice([[], turns]), *turns])
         for messages in conversations:
             fitted = fit_example(messages, template, tokenizer, 1000)
             prompt = encode_segments(template.render(messages[:-1], add_generation_prompt=True), tokenizer).ids
@@ -249,14 +249,14 @@ def test_what_is_trained_is_what_is_asked():
             assert fitted.example.ids == [*prompt, *answer, tokenizer.eot_id]
             if len(messages) == 2:
                 merged += tokenizer.encode(text_of(template.render(messages)[:-1])) != [*prompt, *answer]
-    assert merged  # joined text would have had other ids: the trap is there
+    assert merged  # the joined text has other ids at least once, so the test covers the trap
 
 
-# ---- what travels with a model
+# ---- the file saved with a model
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_saved_and_read_again(name, tmp_path):
+def test_save_and_load(name, tmp_path):
     words = {word: f"<{word} é {{0}} '\\>" for word in TEMPLATES[name].triggers}
     template = get_template(name, **words)
     template.save_pretrained(tmp_path / "new folder")
@@ -267,11 +267,11 @@ def test_saved_and_read_again(name, tmp_path):
     assert get_template(template_of(tmp_path / "new folder")) == template
 
 
-def test_a_model_without_a_template_is_asked_as_alpaca(tmp_path):
+def test_the_default_template_is_alpaca(tmp_path):
     assert template_of(tmp_path) == "alpaca"
 
 
-def test_a_model_of_raw_text_is_asked_in_its_own_and_tuned_as_alpaca(tmp_path):
+def test_a_raw_text_model_is_tuned_with_alpaca(tmp_path):
     get_template("none").save_pretrained(tmp_path)
     assert template_of(tmp_path) == tmp_path / "prompt_template.json"
     assert template_of(tmp_path, to_tune=True) == "alpaca"
@@ -279,7 +279,7 @@ def test_a_model_of_raw_text_is_asked_in_its_own_and_tuned_as_alpaca(tmp_path):
     assert template_of(tmp_path, to_tune=True) == tmp_path / "prompt_template.json"
 
 
-def test_a_written_template_needs_three_keys(tmp_path):
+def test_a_template_file_needs_three_keys(tmp_path):
     (tmp_path / "prompt_template.json").write_text(
         '{"name": "qa", "user": "Q {content} A ", "user_with_input": "{context} {{}}"}'
     )
@@ -292,30 +292,30 @@ def test_a_written_template_needs_three_keys(tmp_path):
 
 GOOD = {"name": "qa", "user": "{content}", "user_with_input": "{content}", "triggers": {"human": "Q"}}
 BROKEN = {
-    "half a file": ('{"name": "qa",\n "user', "2: not JSON: Unterminated string starting at (correct"),
+    "truncated": ('{"name": "qa",\n "user', "2: not JSON: Unterminated string starting at (correct"),
     "not UTF-8": ('{"name": "\udcff"}', "not UTF-8 text (byte 10), so not JSON"),
     "a list": ("[]", "expected a JSON object"),
-    "a key missing": ({"name": "qa", "user": ""}, "a template has the keys name, user, user_with_input"),
-    "a key too many": (GOOD | {"users": ""}, "a template has the keys name, user, user_with_input"),
-    "a number": (GOOD | {"user": 5}, 'user is 5, expected the like of "### {instruction}:'),
-    "null": (GOOD | {"system": None}, r'system is null, expected the like of "{content}\n\n"'),
-    "one stop string": (GOOD | {"stop": "Q:"}, 'stop is "Q:", expected the like of ["### {instruction}:"]'),
-    "a number as stop": (GOOD | {"stop": [5]}, "AttributeError("),
-    "an unknown word": (
+    "missing key": ({"name": "qa", "user": ""}, "a template has the keys name, user, user_with_input"),
+    "unknown key": (GOOD | {"users": ""}, "a template has the keys name, user, user_with_input"),
+    "a number": (GOOD | {"user": 5}, 'user is 5, expected a value like "### {instruction}:'),
+    "null": (GOOD | {"system": None}, r'system is null, expected a value like "{content}\n\n"'),
+    "stop is a string": (GOOD | {"stop": "Q:"}, 'stop is "Q:", expected a value like ["### {instruction}:"]'),
+    "a number in stop": (GOOD | {"stop": [5]}, "AttributeError("),
+    "unknown placeholder": (
         GOOD | {"user": "{humn}"},
-        "KeyError('humn'): a pattern may hold content, context, human in braces; a literal brace is doubled",
+        "KeyError('humn'): the placeholders of a pattern are content, context, human; a literal brace is doubled",
     ),
-    "an unknown word to stop": (GOOD | {"stop": ["{assistant}"]}, "KeyError('assistant')"),
-    "content to stop": (GOOD | {"stop": ["{content}"]}, "KeyError('content')"),
+    "unknown placeholder in stop": (GOOD | {"stop": ["{assistant}"]}, "KeyError('assistant')"),
+    "content in stop": (GOOD | {"stop": ["{content}"]}, "KeyError('content')"),
     "an open brace": (GOOD | {"separator": "{content"}, "ValueError("),
-    "no name": (GOOD | {"preamble_with_input": "{}"}, "IndexError("),
-    "an attribute": (GOOD | {"answer": "{content.x}"}, "AttributeError("),
+    "empty placeholder": (GOOD | {"preamble_with_input": "{}"}, "IndexError("),
+    "attribute access": (GOOD | {"answer": "{content.x}"}, "AttributeError("),
     "a trigger named content": (GOOD | {"triggers": {"content": "Q"}}, "TypeError("),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_named_in_one_line(name, tmp_path):
+def test_broken_files_are_one_line_errors_with_the_path(name, tmp_path):
     content, message = BROKEN[name]
     path = tmp_path / "prompt_template.json"
     content = content if isinstance(content, str) else json.dumps(content)
@@ -328,18 +328,18 @@ def test_broken_files_are_named_in_one_line(name, tmp_path):
 
 def test_no_such_template(tmp_path, monkeypatch):
     names = "one of alpaca, alpaca-short, hugchat, input-output, io, iio, none, or a folder with prompt_template.json"
-    monkeypatch.setattr(files, "fetch", None)  # a misspelt name asks no hub
+    monkeypatch.setattr(hub, "fetch", None)  # a misspelt name must not query the hub
     for folder in ("alpca", tmp_path, tmp_path / "absent", tmp_path / "absent" / "prompt_template.json"):
         with pytest.raises(ValueError) as caught:
             get_template(folder)
         assert str(caught.value) == f"no template '{folder}'; {names}"
 
 
-# ---- what people write
+# ---- user input
 
 
 def test_an_input_of_none_is_no_input():
-    """Tables have a column `input` in every row, None where there is none; not every tool strips it off."""
+    """Tabular datasets have `input` in every row, None if there is none; not every tool removes it."""
     template, messages = get_template("iio"), [{**QUESTION, "input": None}, ANSWER]
     assert text_of(template.render(messages)) == IIO + "Paris.<|endoftext|>"
     rendered = jinja2.Template(template.to_jinja()).render(messages=messages, eos_token=END_OF_TEXT)
@@ -347,7 +347,7 @@ def test_an_input_of_none_is_no_input():
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_braces_in_what_people_write_are_only_braces(name):
+def test_braces_in_messages_are_literal(name):
     user = {"role": "user", "content": "{content} {0} {{x}} }", "input": "{context} {"}
     template = get_template(name, **dict.fromkeys(TEMPLATES[name].triggers, "{output}{"))
     text = text_of(template.render([user, {"role": "assistant", "content": "{human} }}"}]))

@@ -1,4 +1,4 @@
-"""What a script's flags name: every example and every token is in one part, and a line says what was read."""
+"""Reading and splitting the data of a script's flags: each example and token is in exactly one split."""
 
 import json
 
@@ -17,7 +17,7 @@ ENCODING = Encoding(get_template("io"), TOKENIZER, 64)
 
 @pytest.fixture
 def flags(tmp_path):
-    """`flags(...)`: DataArguments with a cache of its own, and data of 20 records and a bad one."""
+    """`flags(...)`: DataArguments with its own cache, and a data file of 20 good records and a bad one."""
     lines = [json.dumps({"instruction": f"Say {number}.", "output": str(number)}) for number in range(20)]
     (tmp_path / "data.jsonl").write_text("\n".join([*lines, "3"]))
     (tmp_path / "held.jsonl").write_text(lines[0])
@@ -32,44 +32,47 @@ def flags(tmp_path):
 
 
 def answers(examples):
-    """Each example by what its answer says."""
+    """The number that each example's answer contains."""
     if examples is None:
         return None
     ids = [[id for id, supervised in zip(example.ids, example.supervised) if supervised] for example in examples]
     return [int(TOKENIZER.decode(answer[:-1])) for answer in ids]
 
 
-def test_conversations_are_held_out_at_random_or_read_from_elsewhere(flags):
+def test_split_conversations(flags):
     config = flags(["data.jsonl"], skip_bad_records=1, validation_split=0.25)
-    trained, held_out = split_conversations(config, ENCODING, seed=3)
-    assert (len(trained), len(held_out)) == (15, 5)
-    assert sorted(answers(trained) + answers(held_out)) == list(range(20))
+    training, validation = split_conversations(config, ENCODING, seed=3)
+    assert (len(training), len(validation)) == (15, 5)
+    assert sorted(answers(training) + answers(validation)) == list(range(20))
     expected = split(read_conversations(config, config.data, ENCODING), 0.25, 3)
-    assert [answers(part) for part in expected] == [answers(trained), answers(held_out)]
+    assert [answers(part) for part in expected] == [answers(training), answers(validation)]
 
-    elsewhere = flags(["data.jsonl"], ["held.jsonl"], skip_bad_records=1, validation_split=0.25)
-    assert [answers(part) for part in split_conversations(elsewhere, ENCODING, seed=3)] == [list(range(20)), [0]]
-    nowhere = flags(["data.jsonl"], skip_bad_records=1, validation_split=0.0)
-    assert [answers(part) for part in split_conversations(nowhere, ENCODING, seed=3)] == [list(range(20)), None]
+    config = flags(["data.jsonl"], ["held.jsonl"], skip_bad_records=1, validation_split=0.25)
+    assert [answers(part) for part in split_conversations(config, ENCODING, seed=3)] == [list(range(20)), [0]]
+    config = flags(["data.jsonl"], skip_bad_records=1, validation_split=0.0)
+    assert [answers(part) for part in split_conversations(config, ENCODING, seed=3)] == [list(range(20)), None]
 
 
-def test_of_a_text_the_end_is_held_out_or_another_text(flags):
+def test_split_text(flags):
     config = flags(["a.txt", "b.txt"], validation_split=0.25)
     store = read_text(config, config.data, TOKENIZER)
     tokens = store.ids.tolist()
     cut = len(tokens) - round(len(tokens) * 0.25)
-    trained, held_out = split_text(config, TOKENIZER, 8, stride=4)
-    assert (trained.ids.tolist(), held_out.ids.tolist()) == (tokens[:cut], tokens[cut:])
-    assert [(part.block_size, part.stride) for part in (trained, held_out)] == [(8, 4), (8, 8)]
+    training, validation = split_text(config, TOKENIZER, 8, stride=4)
+    assert (training.ids.tolist(), validation.ids.tolist()) == (tokens[:cut], tokens[cut:])
+    assert [(part.block_size, part.stride) for part in (training, validation)] == [(8, 4), (8, 8)]
 
-    trained, held_out = split_text(flags(["a.txt", "b.txt"], ["b.txt"]), TOKENIZER, 8)
-    assert (trained.ids.tolist(), held_out.ids.tolist()) == (tokens, [*TOKENIZER.encode("A queen."), TOKENIZER.eot_id])
-    trained, held_out = split_text(flags(["a.txt", "b.txt"], validation_split=0.0), TOKENIZER, 8)
-    assert (trained.ids.tolist(), held_out) == (tokens, None)
-    assert len(split_text(flags(["a.txt"], validation_split=0.001), TOKENIZER, 8)[1]) == 1  # never less than a block
+    training, validation = split_text(flags(["a.txt", "b.txt"], ["b.txt"]), TOKENIZER, 8)
+    assert (training.ids.tolist(), validation.ids.tolist()) == (
+        tokens,
+        [*TOKENIZER.encode("A queen."), TOKENIZER.eot_id],
+    )
+    training, validation = split_text(flags(["a.txt", "b.txt"], validation_split=0.0), TOKENIZER, 8)
+    assert (training.ids.tolist(), validation) == (tokens, None)
+    assert len(split_text(flags(["a.txt"], validation_split=0.001), TOKENIZER, 8)[1]) == 1  # at least one block
 
 
-def test_a_line_says_what_was_read(flags, capsys):
+def test_reading_prints_the_statistics(flags, capsys):
     config = flags(["data.jsonl", "held.jsonl"], skip_bad_records=1)
     store = read_conversations(config, config.data, ENCODING)
     assert capsys.readouterr().out == f"{' '.join(config.data)}: {store.stats}\n"

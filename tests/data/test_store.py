@@ -1,4 +1,4 @@
-"""The token store: the same examples from disk, built once; and its parts."""
+"""The token store: contents, cache key, raw text, blocks and splits."""
 
 import json
 import random
@@ -21,7 +21,7 @@ from minigpt.data.tokenizer import Tokenizer
 TOKENIZER = Tokenizer.tiny()
 EOT = TOKENIZER.eot_id
 RANKS = TOKENIZER._ranks
-OTHER = Tokenizer({**RANKS, b"a": RANKS[b"b"], b"b": RANKS[b"a"]}, {"<|endoftext|>": EOT})  # of the same size
+OTHER = Tokenizer({**RANKS, b"a": RANKS[b"b"], b"b": RANKS[b"a"]}, {"<|endoftext|>": EOT})  # the same vocabulary size
 IO = get_template("io")
 ROWS = [{"instruction": f"Name {n}.", "input": "", "output": f"It is {n}."} for n in range(30)]
 
@@ -45,10 +45,10 @@ def plain(examples) -> list[tuple[list[int], list[bool]]]:
     return [(np.asarray(e.ids).tolist(), np.asarray(e.supervised).tolist()) for e in examples]
 
 
-# ---- what is in it
+# ---- contents
 
 
-def test_examples_are_those_of_encode_example(tmp_path, cache):
+def test_examples_equal_those_of_encode_example(tmp_path, cache):
     rows = [
         *ROWS,
         {"messages": [message for n in range(9) for message in turn(n)]},
@@ -67,21 +67,21 @@ def test_examples_are_those_of_encode_example(tmp_path, cache):
         assert store.lengths.tolist() == [len(example) for example in examples]
         first_answers = [example.supervised.index(True) for example in examples]
         if not train_on_prompt:
-            assert store.prompt_lengths.tolist() == first_answers  # a text's is 0
+            assert store.prompt_lengths.tolist() == first_answers  # 0 for plain text
         assert isinstance(store.ids, np.memmap)
         assert store.ids.dtype == np.uint16
         assert isinstance(store[0].ids, np.memmap)
         assert plain([store[-1], store[np.int64(2)]]) == plain([examples[-1], examples[2]])
-        for outside in (len(store), -len(store) - 1):
+        for index in (len(store), -len(store) - 1):
             with pytest.raises(IndexError):
-                store[outside]
+                store[index]
 
 
 def turn(n: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": f"Answer {n}."}]
 
 
-def test_a_vocabulary_of_more_than_two_bytes(tmp_path, cache):
+def test_a_large_vocabulary_is_stored_as_uint32(tmp_path, cache):
     wide = Tokenizer(RANKS, {"<|endoftext|>": 70_000})
     path = write(tmp_path / "data.jsonl", ROWS)
     store = build(path, cache, tokenizer=wide)
@@ -91,33 +91,33 @@ def test_a_vocabulary_of_more_than_two_bytes(tmp_path, cache):
 
 
 def test_statistics(tmp_path, cache):
-    """Texts of 1 to 39 tokens, and their ends; two prompts, one too long; a long and an empty text; two bad lines."""
+    """Texts of 1 to 39 tokens plus end-of-text; a short and a long prompt; a long and an empty text; two bad lines."""
     assert len(TOKENIZER.encode(" the" * 99)) == 99
     rows = [{"text": " the" * n} for n in random.Random(0).sample(range(1, 40), 39)]
     rows += [{"instruction": "Name it.", "output": " the"}, {"instruction": " the" * 99, "output": " the"}]
     path = write(tmp_path / "data.jsonl", [*rows, {"text": " the" * 99}, {"text": ""}, "{", "[]"])
-    asked = len(TOKENIZER.encode("### Instruction:\nName it.\n\n### Output:\n")) + 2
-    assert asked < 20
+    prompt_and_answer = len(TOKENIZER.encode("### Instruction:\nName it.\n\n### Output:\n")) + 2
+    assert prompt_and_answer < 20
     stats = build(path, cache, skip_bad_records=2).stats
     assert vars(stats) == {
         "examples": 42,
-        "tokens": sum(range(2, 41)) + asked + 2 * 65,
+        "tokens": sum(range(2, 41)) + prompt_and_answer + 2 * 65,
         "supervised_tokens": sum(range(2, 41)) + 2 + 2 + 65,
-        "length_p50": 21,  # between the 21st and the 22nd of 42, which are 21 and 22
-        "length_p95": 40,  # the 40th
+        "length_p50": 21,  # between the 21st and 22nd of 42 lengths, 21 and 22
+        "length_p95": 40,  # the 40th of 42
         "length_max": 65,
         "dropped": 1,
         "cut": 2,
         "bad_records": 2,
     }
     assert str(stats) == (
-        f"42 examples, {949 + asked} tokens (888 supervised), lengths p50 21 p95 40 max 65; "
+        f"42 examples, {949 + prompt_and_answer} tokens (888 supervised), lengths p50 21 p95 40 max 65; "
         "1 dropped, 2 cut, 2 bad records"
     )
-    assert build(path, cache, skip_bad_records=2).stats == stats  # read again from disk
+    assert build(path, cache, skip_bad_records=2).stats == stats  # cache hit: read from meta.json
 
 
-def test_nothing_to_learn_is_a_named_error(tmp_path, cache):
+def test_no_supervised_token_at_all_is_an_error(tmp_path, cache):
     path = write(tmp_path / "data.jsonl", [{"text": ""}, {"text": ""}])
     with pytest.raises(ValueError) as caught:
         build(path, cache)
@@ -128,12 +128,12 @@ def test_nothing_to_learn_is_a_named_error(tmp_path, cache):
     assert list((cache / "stores").iterdir()) == []
 
 
-def test_bad_records_alone_are_named(tmp_path, cache):
-    """Raw text of bad records ended in an IndexError; of conversations, "none of the 0 records" was to be cut less."""
+def test_nothing_but_bad_records_is_an_error(tmp_path, cache):
+    """Regression: raw text raised an IndexError, and conversations said "none of the 0 records ..."."""
     path = write(tmp_path / "data.jsonl", [{"a": 1}, "[]"])
-    for build_one in (build, text_store):
+    for build_function in (build, text_store):
         with pytest.raises(ValueError) as caught:
-            build_one(path, cache, skip_bad_records=2)
+            build_function(path, cache, skip_bad_records=2)
         assert str(caught.value).startswith(f"{path}: nothing but bad records (2), the first {path}:1: ")
     assert list((cache / "stores").iterdir()) == []
 
@@ -142,18 +142,18 @@ def text_store(path, cache, **options):
     return build_text_store([path], TOKENIZER, cache_dir=cache, **options)
 
 
-# ---- built once (trap 26: a cache that did not notice what it was built from)
+# ---- cache hits and misses: the key must contain everything that the ids depend on
 
 
 @pytest.fixture
 def builds(monkeypatch) -> list:
-    """Grows by one whenever a store is filled."""
-    found, writer = [], module._Writer
-    monkeypatch.setattr(module, "_Writer", lambda *args: found.append(args) or writer(*args))
-    return found
+    """Grows by one for each build."""
+    calls, writer = [], module._Writer
+    monkeypatch.setattr(module, "_Writer", lambda *args: calls.append(args) or writer(*args))
+    return calls
 
 
-def test_found_again(tmp_path, cache, builds):
+def test_cache_hit_after_the_file_is_moved(tmp_path, cache, builds):
     path = write(tmp_path / "data.jsonl", ROWS)
     first = build(path, cache)
     files = {file: file.stat().st_mtime_ns for file in first.folder.iterdir()}
@@ -167,14 +167,14 @@ def test_found_again(tmp_path, cache, builds):
 
 
 CHANGES = {
-    "a byte": {"rows": [*ROWS[:-1], {**ROWS[-1], "output": "It is 28."}]},
-    "a byte that says nothing": {"rows": [*ROWS, ""]},
-    "the order": {"rows": ROWS[::-1]},
-    "the name of the template": {"template": replace(IO, name="other")},
-    "a separator": {"template": replace(IO, separator="\n")},
-    "a trigger": {"template": get_template("io", output="Answer")},
-    "a stop string": {"template": replace(IO, stop=())},
-    "the tokenizer": {"tokenizer": OTHER},
+    "one byte": {"rows": [*ROWS[:-1], {**ROWS[-1], "output": "It is 28."}]},
+    "an empty line": {"rows": [*ROWS, ""]},
+    "order of the records": {"rows": ROWS[::-1]},
+    "template name": {"template": replace(IO, name="other")},
+    "separator": {"template": replace(IO, separator="\n")},
+    "trigger word": {"template": get_template("io", output="Answer")},
+    "stop string": {"template": replace(IO, stop=())},
+    "tokenizer": {"tokenizer": OTHER},
     "max_seq_length": {"max_seq_length": 65},
     "train_on_prompt": {"train_on_prompt": True},
     "skip_bad_records": {"skip_bad_records": 1},
@@ -182,7 +182,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_built_anew_when_anything_changes(name, tmp_path, cache, builds):
+def test_cache_miss_if_anything_changes(name, tmp_path, cache, builds):
     change = dict(CHANGES[name])
     path = write(tmp_path / "data.jsonl", ROWS)
     first = build(path, cache)
@@ -193,15 +193,15 @@ def test_built_anew_when_anything_changes(name, tmp_path, cache, builds):
     assert plain(second) == plain(build(path, tmp_path / "fresh", **change))
 
 
-def test_the_same_bytes_cut_into_other_files_are_another_source(tmp_path, cache):
+def test_cache_miss_if_the_same_bytes_are_split_into_other_files(tmp_path, cache):
     whole = write(tmp_path / "whole.jsonl", ROWS)
     parts = [write(tmp_path / "a.jsonl", ROWS[:9]), write(tmp_path / "b.jsonl", ROWS[9:])]
     folders = {build(paths, cache).folder for paths in (whole, parts, parts[::-1], [*parts, parts[0]])}
     assert len(folders) == 4
 
 
-def test_json_lines_under_the_name_of_a_text_are_a_text(tmp_path, cache):
-    """The key was the bytes alone: a .jsonl, copied to .txt, was answered with the store of its records."""
+def test_cache_miss_if_a_jsonl_is_renamed_to_txt(tmp_path, cache):
+    """Regression: the key contained the bytes only, so a .jsonl copied to .txt hit the store of its records."""
     rows = [{"text": "A bad king."}, {"text": "A bad queen."}]
     stores = [
         build_text_store([write(tmp_path / name, rows)], TOKENIZER, cache_dir=cache)
@@ -210,21 +210,21 @@ def test_json_lines_under_the_name_of_a_text_are_a_text(tmp_path, cache):
     assert [len(store) for store in stores] == [2, 1]
 
 
-def test_raw_text_is_no_instruction_data(tmp_path, cache):
-    """sft.py once trained on one cut block of a .txt, and said nothing."""
+def test_raw_text_is_refused_as_instruction_data(tmp_path, cache):
+    """Regression: sft.py silently trained on a single truncated block of a .txt."""
     (tmp_path / "corpus.txt").write_text("Once upon a time.")
     with pytest.raises(ValueError, match=r"corpus.txt: raw text, expected conversations; train.py and --replay_data"):
         build(str(tmp_path / "corpus.txt"), cache)
 
 
-def test_a_cache_that_cannot_be_written_names_its_flag(tmp_path):
+def test_an_unwritable_cache_is_an_error_that_names_the_flag(tmp_path):
     (tmp_path / "file").touch()
     path = write(tmp_path / "data.jsonl", ROWS)
     with pytest.raises(OSError, match=r"file/stores: cannot be written to \(Not a directory\); --cache_dir chooses"):
         build(path, tmp_path / "file")
 
 
-def test_another_version_builds_its_own(tmp_path, cache, monkeypatch):
+def test_cache_miss_for_another_version(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "data.jsonl", ROWS)
     first = build(path, cache).folder
     for name in ("__version__", "FORMAT"):
@@ -233,7 +233,7 @@ def test_another_version_builds_its_own(tmp_path, cache, monkeypatch):
             assert build(path, cache).folder != first
 
 
-def test_where_stores_are_kept(tmp_path, monkeypatch):
+def test_cache_folder(tmp_path, monkeypatch):
     path = write(tmp_path / "data.jsonl", ROWS)
     monkeypatch.delenv("MINIGPT_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -268,7 +268,7 @@ def test_text_store(tmp_path, cache):
     }
 
 
-def test_a_text_in_pieces_is_encoded_as_one(tmp_path, cache, monkeypatch):
+def test_reading_in_chunks_does_not_change_the_ids(tmp_path, cache, monkeypatch):
     text = "The king's 12 cats -- naïve, 日本 😀?\n\n  And  on. " * 200
     (tmp_path / "a.txt").write_text(text)
     monkeypatch.setattr("minigpt.data.read.streams._CHUNK", 100)
@@ -276,7 +276,7 @@ def test_a_text_in_pieces_is_encoded_as_one(tmp_path, cache, monkeypatch):
     assert store.ids.tolist() == [*TOKENIZER.encode(text), EOT]
 
 
-def test_text_store_is_keyed_too(tmp_path, cache, builds):
+def test_cache_key_of_raw_text(tmp_path, cache, builds):
     path = tmp_path / "a.txt"
     for text in ("A bad king.", "A bad queen."):
         path.write_text(text)
@@ -288,11 +288,11 @@ def test_text_store_is_keyed_too(tmp_path, cache, builds):
     assert len(builds) == 5
 
 
-# ---- parts of a store
+# ---- blocks and splits
 
 
 def stream_of(length: int) -> SimpleNamespace:
-    """A store whose every token is its own place."""
+    """A fake store in which each token is its own index."""
     return SimpleNamespace(fingerprint="", ids=np.arange(length, dtype=np.uint16))
 
 
@@ -324,7 +324,7 @@ def test_blocks(length):
         )
 
 
-def test_the_last_block_is_short_and_the_one_before_shares_a_token():
+def test_neighbouring_blocks_share_a_token_and_the_last_is_shorter():
     blocks = TokenBlocks(stream_of(10), 4)
     assert plain(blocks) == [([0, 1, 2, 3, 4], [True] * 5), ([4, 5, 6, 7, 8], [True] * 5), ([8, 9], [True] * 2)]
     assert all(before.ids[-1] == after.ids[0] for before, after in pairwise(blocks))
@@ -333,7 +333,7 @@ def test_the_last_block_is_short_and_the_one_before_shares_a_token():
     assert [block.ids.tolist() for block in overlapping] == expected
 
 
-def test_blocks_of_a_stretch():
+def test_blocks_of_a_part_of_the_store():
     store = stream_of(20)
     assert [block.ids.tolist() for block in TokenBlocks(store, 4, start=14)] == [[14, 15, 16, 17, 18], [18, 19]]
     assert [block.ids.tolist() for block in TokenBlocks(store, 4, stop=6)] == [[0, 1, 2, 3, 4], [4, 5]]
@@ -344,8 +344,8 @@ def test_blocks_of_a_stretch():
 
 
 @pytest.mark.parametrize("stride", [0, -1, 5])
-def test_a_stride_that_skips_or_stands_still_is_refused(stride):
-    with pytest.raises(ValueError, match=f"^--stride {stride} must lie between 1 and --block_size 4"):
+def test_an_invalid_stride_is_an_error(stride):
+    with pytest.raises(ValueError, match=f"^--stride {stride} must be from 1 to --block_size 4"):
         TokenBlocks(stream_of(9), 4, stride)
 
 
@@ -357,26 +357,26 @@ def fake_store(size: int) -> list[Example]:
 
 
 @pytest.mark.parametrize(
-    ("size", "share", "held_out"),
+    ("size", "validation_split", "count"),
     [(100, 0.05, 5), (100, 0.1, 10), (10, 0.05, 1), (2, 0.05, 1), (2, 0.99, 1), (3, 0.99, 2), (1, 0.5, 0), (10, 0, 0)],
 )
-def test_split(size, share, held_out):
+def test_split(size, validation_split, count):
     data = fake_store(size)
-    train, validation = split(data, share, seed=1)
-    assert (len(train), len(validation)) == (size - held_out, held_out)
+    train, validation = split(data, validation_split, seed=1)
+    assert (len(train), len(validation)) == (size - count, count)
     assert sorted([*train.indices, *validation.indices]) == list(range(size))
     for part in (train, validation):
         assert plain(part) == plain(data[index] for index in part.indices)
         assert part.lengths.tolist() == [index + 2 for index in part.indices]
         assert part.prompt_lengths.tolist() == [index * 3 for index in part.indices]
-    again = split(data, share, seed=1)
+    again = split(data, validation_split, seed=1)
     assert [part.indices.tolist() for part in again] == [train.indices.tolist(), validation.indices.tolist()]
 
 
-def test_another_seed_holds_out_others():
+def test_the_split_depends_on_the_seed():
     held_out = [split(fake_store(1000), 0.05, seed)[1].indices.tolist() for seed in range(4)]
     assert all(len(set(a) & set(b)) < 15 for a, b in pairwise(held_out))
-    assert min(map(min, held_out)) < 100 and max(map(max, held_out)) > 900  # from everywhere
+    assert min(map(min, held_out)) < 100 and max(map(max, held_out)) > 900  # spread over all examples
 
 
 def test_a_split_store(tmp_path, cache):

@@ -1,4 +1,4 @@
-"""Building a token store: whole or not at all, by one of many processes, in bounded memory."""
+"""Building a token store: atomically, by one of several processes, in bounded memory."""
 
 import fcntl
 import json
@@ -36,7 +36,7 @@ def build(path: str, cache: Path) -> TokenStore:
     return build_store([path], get_template("io"), TOKENIZER, 64, cache_dir=cache)
 
 
-def test_a_bad_record_leaves_nothing(tmp_path, cache):
+def test_a_bad_record_leaves_no_files(tmp_path, cache):
     path = write(tmp_path / "data.jsonl", [*ROWS, {"instruction": "Name it."}])
     with pytest.raises(ValueError, match=r'data\.jsonl:31: "output" is missing'):
         build(path, cache)
@@ -47,20 +47,20 @@ def test_a_bad_record_leaves_nothing(tmp_path, cache):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_a_failed_build_leaves_nothing(error, tmp_path, cache, monkeypatch):
-    path, whole = write(tmp_path / "data.jsonl", ROWS), []
+def test_a_failed_build_leaves_no_files(error, tmp_path, cache, monkeypatch):
+    path, leftovers = write(tmp_path / "data.jsonl", ROWS), []
     for name in ("extend", "__exit__"):
         with monkeypatch.context() as patched, pytest.raises(BaseException) as caught:
             patched.setattr(module._Writer, name, raises_after(getattr(module._Writer, name), error))
             build(path, cache)
         assert caught.type is (error if isinstance(error, type) else OSError)
-        whole.append(list((cache / "stores").iterdir()))
-    assert whole == [[], []]
+        leftovers.append(list((cache / "stores").iterdir()))
+    assert leftovers == [[], []]
     assert len(build(path, cache)) == 30
 
 
 def raises_after(method, error):
-    """The method, which does its work and then fails."""
+    """The method, raising `error` after its work."""
 
     def failing(*args):
         method(*args)
@@ -69,7 +69,7 @@ def raises_after(method, error):
     return failing
 
 
-def test_a_place_that_cannot_be_taken_is_an_error(tmp_path, cache, monkeypatch):
+def test_a_failed_rename_is_an_error(tmp_path, cache, monkeypatch):
     def rename(self, target):
         raise OSError(13, "Permission denied")
 
@@ -79,12 +79,12 @@ def test_a_place_that_cannot_be_taken_is_an_error(tmp_path, cache, monkeypatch):
     assert list((cache / "stores").iterdir()) == []
 
 
-def test_the_slower_of_two_machines_takes_what_the_faster_built(tmp_path, cache, monkeypatch):
-    """Some network file systems keep a lock to the machine that took it, so that one on each machine builds."""
+def test_two_machines_may_build_and_the_slower_uses_the_store_of_the_faster(tmp_path, cache, monkeypatch):
+    """On some network file systems locks are local to a machine, so one process on each machine builds."""
     path, fit_example = write(tmp_path / "data.jsonl", ROWS), module.fit_example
     built = []
 
-    def overtaken(*args):
+    def build_elsewhere_first(*args):
         if not built:
             built.append(None)
             with monkeypatch.context() as patched:
@@ -93,17 +93,17 @@ def test_the_slower_of_two_machines_takes_what_the_faster_built(tmp_path, cache,
         return fit_example(*args)
 
     monkeypatch.setattr(module, "_try_lock", lambda path: nullcontext(True))
-    monkeypatch.setattr(module, "fit_example", overtaken)
+    monkeypatch.setattr(module, "fit_example", build_elsewhere_first)
     store = build(path, cache)
     assert store.folder == built[0].folder
     assert store.ids.tolist() == built[0].ids.tolist()
     assert list((cache / "stores").iterdir()) == [store.folder]
 
 
-# ---- by several processes at once
+# ---- several processes
 
 
-def test_a_lock_file_is_held_by_one_and_goes_with_it(tmp_path):
+def test_a_lock_is_exclusive_and_its_file_is_removed(tmp_path):
     path = tmp_path / ".lock"
     with module._try_lock(path) as first:
         with module._try_lock(path) as second:
@@ -112,14 +112,14 @@ def test_a_lock_file_is_held_by_one_and_goes_with_it(tmp_path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("made_again", [False, True])
-def test_a_lock_on_a_file_that_was_removed_is_none(made_again, tmp_path, monkeypatch):
-    """Opened, then removed by its holder, then locked: a third process may hold the file that has the name now."""
+@pytest.mark.parametrize("recreated", [False, True])
+def test_a_lock_on_a_removed_file_does_not_count(recreated, tmp_path, monkeypatch):
+    """Race: opened here, removed by its holder, then locked here. A third process may hold a new file of that name."""
     path = tmp_path / ".lock"
 
     def late(file, operation):
         path.unlink()
-        if made_again:
+        if recreated:
             path.touch()
         flock(file, operation)
 
@@ -127,10 +127,10 @@ def test_a_lock_on_a_file_that_was_removed_is_none(made_again, tmp_path, monkeyp
     monkeypatch.setattr(fcntl, "flock", late)
     with module._try_lock(path) as locked:
         assert not locked
-    assert path.exists() == made_again
+    assert path.exists() == recreated
 
 
-def test_a_store_that_comes_just_before_the_lock_is_taken(tmp_path, cache, monkeypatch):
+def test_a_store_built_just_before_the_lock_is_taken_is_used(tmp_path, cache, monkeypatch):
     path, try_lock, built = write(tmp_path / "data.jsonl", ROWS), module._try_lock, []
 
     def late(lock):
@@ -151,7 +151,7 @@ from minigpt.data.prompts import get_template
 from minigpt.data.tokenizer import Tokenizer
 
 path, cache, log = sys.argv[1:4]
-module.PATIENCE = 0.1
+module.WAIT_NOTICE_SECONDS = 0.1
 
 class Writer(module._Writer):
     def __enter__(self):
@@ -183,7 +183,7 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
 
 
 def builders(log: Path, count: int = 0) -> list[int]:
-    """The processes that have begun to build, in this order; waits until there are as many."""
+    """Ids of the processes that have started a build, in order; waits until there are at least `count`."""
     deadline = time.monotonic() + 60
     while len(pids := log.read_text().split() if log.exists() else []) < count:
         assert time.monotonic() < deadline
@@ -191,7 +191,7 @@ def builders(log: Path, count: int = 0) -> list[int]:
     return [int(pid) for pid in pids]
 
 
-def test_of_four_processes_one_builds(tmp_path, cache):
+def test_one_of_four_processes_builds(tmp_path, cache):
     path, log = write(tmp_path / "data.jsonl", ROWS), tmp_path / "log"
     slow = "fit = module.fit_example\nmodule.fit_example = lambda *args: time.sleep(0.02) or fit(*args)\n"
     wait = "while not Path(sys.argv[4]).exists(): time.sleep(0.001)\n"
@@ -209,7 +209,7 @@ try_lock = module._try_lock
 
 def late(lock):
     module._try_lock = try_lock
-    Path(f"{log}.found-{os.getpid()}").touch()
+    Path(f"{log}.ready-{os.getpid()}").touch()
     while not Path(f"{log}.go").exists():
         time.sleep(0.001)
     return try_lock(lock)
@@ -218,41 +218,41 @@ module._try_lock = late
 """
 
 
-def test_of_three_processes_that_find_a_damaged_store_one_replaces_it(tmp_path, cache):
-    """All have found it damaged before the first takes the lock, so two take it when nothing is left to do."""
+def test_one_of_three_processes_rebuilds_a_damaged_store(tmp_path, cache):
+    """All three detect the damage before the first takes the lock, so two take it when the store is already rebuilt."""
     path, log = write(tmp_path / "data.jsonl", ROWS), tmp_path / "log"
     folder = build(path, cache).folder
-    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
-    (folder / "ids.bin").write_bytes(bytes(len(whole["ids.bin"])))
+    intact = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / "ids.bin").write_bytes(bytes(len(intact["ids.bin"])))
     processes = [start(AT_ONCE + PRINT, path, cache, log, rank=rank) for rank in range(3)]
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("log.found-*"))) < 3:
+    while len(list(tmp_path.glob("log.ready-*"))) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     (tmp_path / "log.go").touch()
     outputs, errors = zip(*[finish(process) for process in processes], strict=True)
-    assert [output.splitlines()[-1] for output in outputs] == [f"{folder} 30"] * 3  # after a word about a long wait
+    assert [output.splitlines()[-1] for output in outputs] == [
+        f"{folder} 30"
+    ] * 3  # a notice about waiting may come before
     assert len(builders(log)) == 1
-    assert "".join(errors) == (
-        f"{folder}: damaged (ids.bin is not what was written: its sha256 differs): rebuilding it\n"
-    )
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+    assert "".join(errors) == (f"{folder}: damaged (ids.bin has a wrong sha256): rebuilding it\n")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == intact
     assert list((cache / "stores").iterdir()) == [folder]
 
 
-def test_a_killed_builder_is_replaced(tmp_path, cache):
+def test_a_waiting_process_takes_over_from_a_killed_builder(tmp_path, cache):
     path, log = write(tmp_path / "data.jsonl", ROWS), tmp_path / "log"
     killed = start(HANG, path, cache, log)
     builders(log, 1)
     waiting = [start(PRINT, path, cache, log, rank=rank) for rank in (0, 1)]
-    told = waiting[0].stdout.readline()
+    notice = waiting[0].stdout.readline()
     time.sleep(0.5)
     assert [process.poll() for process in waiting] == [None, None]
     assert builders(log) == [killed.pid]
     killed.kill()
     printed = [finish(process)[0] for process in (killed, *waiting)]
     [folder] = (cache / "stores").iterdir()
-    assert told == f"Waiting for another process, which is tokenizing the same data into {folder}\n"
+    assert notice == f"Waiting for another process, which is tokenizing the same data into {folder}\n"
     assert printed == ["", f"{folder} 30\n", f"{folder} 30\n"]
     assert len(builders(log)) == 2
     fresh = build(path, tmp_path / "fresh")
@@ -261,8 +261,8 @@ def test_a_killed_builder_is_replaced(tmp_path, cache):
         assert (folder / file.name).read_bytes() == file.read_bytes()
 
 
-def test_what_a_killed_builder_left_goes_with_the_next_build(tmp_path, cache):
-    """Of the same data or of other data; but not what a living one is building."""
+def test_the_next_build_removes_the_leftovers_of_killed_builders(tmp_path, cache):
+    """Of any data, but not the files of a builder that is still running."""
     path, log = write(tmp_path / "data.jsonl", ROWS), tmp_path / "log"
     dead, living = [
         start(HANG, write(tmp_path / f"{name}.jsonl", ROWS[n:]), cache, log)
@@ -270,19 +270,19 @@ def test_what_a_killed_builder_left_goes_with_the_next_build(tmp_path, cache):
     ]
     builders(log, 2)
     before = set((cache / "stores").iterdir())
-    assert len(before) == 4  # a lock and a folder each
+    assert len(before) == 4  # each has a lock and a folder
     dead.kill()
     finish(dead)
     store = build(path, cache)
-    left = set((cache / "stores").iterdir()) - {store.folder}
-    assert len(left) == 2 and left < before
+    remaining = set((cache / "stores").iterdir()) - {store.folder}
+    assert len(remaining) == 2 and remaining < before
     living.kill()
     finish(living)
     assert [len(build(str(tmp_path / name), cache)) for name in ("dead.jsonl", "alive.jsonl")] == [29, 28]
     assert len(list((cache / "stores").iterdir())) == 3
 
 
-def test_all_processes_fail_at_a_bad_record(tmp_path, cache):
+def test_a_bad_record_is_an_error_in_every_process(tmp_path, cache):
     path, log = write(tmp_path / "data.jsonl", [*ROWS, {"instruction": "Name it."}]), tmp_path / "log"
     processes = [start(PRINT, path, cache, log) for _ in range(3)]
     last_lines = [finish(process)[1].splitlines()[-1] for process in processes]
@@ -303,7 +303,7 @@ print(len(store), peak() - before, peak())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 @pytest.mark.parametrize(
     ("megabytes", "growth"),
     [
@@ -313,10 +313,10 @@ print(len(store), peak() - before, peak())
     ],
 )
 def test_memory_is_bounded(megabytes, growth, tmp_path, cache):
-    draw, rows = random.Random(0), []
+    rng, rows = random.Random(0), []
     words = (Path(module.__file__).parents[1] / "assets" / "english.txt").read_text(encoding="utf-8").split()
     for _ in range(1800):
-        some = [" ".join(draw.choices(words, k=draw.randint(1, most))) for most in (40, 120)]
+        some = [" ".join(rng.choices(words, k=rng.randint(1, most))) for most in (40, 120)]
         rows.append({"instruction": some[0], "output": some[1]})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     copies = (megabytes << 20) // len(lines)

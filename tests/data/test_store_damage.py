@@ -1,4 +1,4 @@
-"""A damaged token store: found at opening, whatever the damage is, and rebuilt; and what keeps one from coming."""
+"""A damaged token store is detected when it is opened, and rebuilt; and a build is synced to disk before its rename."""
 
 import errno
 import hashlib
@@ -15,7 +15,7 @@ import pytest
 
 from minigpt.data import store as module
 from minigpt.data.prompts import get_template
-from minigpt.data.store import DamagedStoreError, TokenStore, _sum_of_meta, build_store, build_text_store
+from minigpt.data.store import DamagedStoreError, TokenStore, _sha256_of_meta, build_store, build_text_store
 from minigpt.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.tiny()
@@ -40,26 +40,26 @@ def build(path: str, cache: Path) -> TokenStore:
 
 @pytest.fixture
 def builds(monkeypatch) -> list:
-    """Grows by one whenever a store is filled."""
-    found, writer = [], module._Writer
-    monkeypatch.setattr(module, "_Writer", lambda *args: found.append(args) or writer(*args))
-    return found
+    """Grows by one for each build."""
+    calls, writer = [], module._Writer
+    monkeypatch.setattr(module, "_Writer", lambda *args: calls.append(args) or writer(*args))
+    return calls
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def flip(file: Path, place: int) -> None:
-    """One bit of one byte."""
+def flip(file: Path, index: int) -> None:
+    """Flips one bit of the byte at this index."""
     content = bytearray(file.read_bytes())
-    content[place] ^= 1
+    content[index] ^= 1
     file.write_bytes(content)
 
 
 def in_the_middle(file: Path) -> None:
-    place = file.stat().st_size // 2
-    flip(file, next(n for n in range(place, place + 100) if not file.read_bytes()[n : n + 1].isspace()))
+    middle = file.stat().st_size // 2
+    flip(file, next(n for n in range(middle, middle + 100) if not file.read_bytes()[n : n + 1].isspace()))
 
 
 def folder_instead(file: Path) -> None:
@@ -70,29 +70,31 @@ def folder_instead(file: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "removed": Path.unlink,
     "emptied": lambda file: os.truncate(file, 0),
-    "halved": lambda file: os.truncate(file, file.stat().st_size // 16 * 8),  # whole numbers stay
+    "halved": lambda file: os.truncate(file, file.stat().st_size // 16 * 8),  # a multiple of 8 bytes
     "a byte short": lambda file: os.truncate(file, file.stat().st_size - 1),
     "extended": lambda file: file.write_bytes(file.read_bytes() + bytes(8)),
     "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
     "the first bit": lambda file: flip(file, 0),
     "a bit in the middle": in_the_middle,
     "the last bit": lambda file: flip(file, -1),
-    "a folder": folder_instead,
+    "replaced by a folder": folder_instead,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_found_and_the_store_built_anew(name, damage, path, cache, builds, capfd):
+def test_any_damage_is_detected_and_the_store_rebuilt(name, damage, path, cache, builds, capfd):
     store = build(path, cache)
-    folder, whole = store.folder, contents(store.folder)
+    folder, intact = store.folder, contents(store.folder)
     del store
     DAMAGES[damage](folder / name)
-    with pytest.raises(DamagedStoreError, match=f"^{name} (is not|has [0-9no]+|cannot be read)"):
+    with pytest.raises(
+        DamagedStoreError, match=f"^{name} (is not JSON|has [0-9]|has no|has a wrong sha256|cannot be read)"
+    ):
         TokenStore(folder)
     again = build(path, cache)
     assert again.folder == folder
-    assert contents(folder) == whole
+    assert contents(folder) == intact
     assert sum(len(example) for example in again) == again.stats.tokens
     assert capfd.readouterr().err.startswith(f"{folder}: damaged ({name} ")
     assert len(builds) == 2
@@ -102,23 +104,23 @@ def test_a_damaged_file_is_found_and_the_store_built_anew(name, damage, path, ca
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("sound", [False, True])
+@pytest.mark.parametrize("valid_sha256", [False, True])
 @pytest.mark.parametrize("key", ["dtype", "stats", "files", "sha256"])
-def test_a_meta_json_that_lacks_a_key_is_damaged(key, sound, path, cache, builds):
-    """Also one whose sum is right: another version wrote it."""
+def test_meta_json_without_a_key_is_damaged(key, valid_sha256, path, cache, builds):
+    """Also with a correct sha256: another version wrote it."""
     folder = build(path, cache).folder
     meta = json.loads((folder / "meta.json").read_text())
     del meta[key]
-    if sound and "sha256" in meta:
+    if valid_sha256 and "sha256" in meta:
         del meta["sha256"]
-        meta["sha256"] = _sum_of_meta(meta)
+        meta["sha256"] = _sha256_of_meta(meta)
     (folder / "meta.json").write_text(json.dumps(meta))
     assert len(build(path, cache)) == 30
     assert len(builds) == 2
 
 
-def test_files_of_another_store_are_damage(path, cache, builds, tmp_path):
-    """Of the same sizes, and sound in themselves."""
+def test_a_file_of_another_store_is_damage(path, cache, builds, tmp_path):
+    """Even if it has the same size and is intact itself."""
     store = build(path, cache)
     ids = store.ids.tolist()
     (tmp_path / "other.jsonl").write_text(Path(path).read_text().replace("Name", "Tell"))
@@ -129,7 +131,7 @@ def test_files_of_another_store_are_damage(path, cache, builds, tmp_path):
     assert len(builds) == 3
 
 
-def test_a_file_in_place_of_a_store(path, cache):
+def test_a_file_in_place_of_the_store_folder_is_replaced(path, cache):
     folder = build(path, cache).folder
     shutil.rmtree(folder)
     folder.touch()
@@ -137,8 +139,8 @@ def test_a_file_in_place_of_a_store(path, cache):
     assert list((cache / "stores").iterdir()) == [folder]
 
 
-def test_the_line_names_the_folder_and_the_damage(path, cache, capfd, monkeypatch):
-    """On every rank: any one may be the first to find it."""
+def test_the_message_names_the_folder_and_the_damage(path, cache, capfd, monkeypatch):
+    """Printed on any rank, because any may be the one that rebuilds."""
     monkeypatch.setenv("RANK", "3")
     folder = build(path, cache).folder
     size = (folder / "offsets.bin").stat().st_size
@@ -148,14 +150,14 @@ def test_the_line_names_the_folder_and_the_damage(path, cache, capfd, monkeypatc
     build(path, cache)
     assert capfd.readouterr().err.splitlines() == [
         f"{folder}: damaged (offsets.bin has 8 bytes instead of {size}): rebuilding it",
-        f"{folder}: damaged (ids.bin is not what was written: its sha256 differs): rebuilding it",
+        f"{folder}: damaged (ids.bin has a wrong sha256): rebuilding it",
     ]
 
 
-def test_a_sector_that_cannot_be_read_is_damage_and_a_missing_right_is_not(path, cache, builds, monkeypatch):
+def test_an_io_error_is_damage_and_a_permission_error_is_not(path, cache, builds, monkeypatch):
     folder, digest = build(path, cache).folder, hashlib.file_digest
 
-    def fails_once(number):
+    def fail_once(number):
         def file_digest(file, name):
             if Path(file.name).name == "ids.bin":
                 monkeypatch.setattr(hashlib, "file_digest", digest)
@@ -164,38 +166,38 @@ def test_a_sector_that_cannot_be_read_is_damage_and_a_missing_right_is_not(path,
 
         monkeypatch.setattr(hashlib, "file_digest", file_digest)
 
-    fails_once(errno.EACCES)
+    fail_once(errno.EACCES)
     with pytest.raises(PermissionError):
         build(path, cache)
     assert len(builds) == 1
-    fails_once(errno.EIO)
+    fail_once(errno.EIO)
     assert build(path, cache).folder == folder
     assert len(builds) == 2
 
 
-def test_what_is_damaged_as_soon_as_it_is_built_ends_in_an_error(path, cache, builds, monkeypatch):
-    """A disk that gives back other bytes than it was given: without an end, it would be filled for ever."""
-    build_whole = module._build
+def test_damage_right_after_a_build_is_an_error(path, cache, builds, monkeypatch):
+    """A failing disk returns other bytes than were written: without this check the store is rebuilt forever."""
+    build_correctly = module._build
 
-    def build_badly(folder, *args):
+    def build_and_damage(folder, *args):
         assert not builds, "built again"
-        build_whole(folder, *args)
+        build_correctly(folder, *args)
         flip(folder / "ids.bin", 0)
 
-    monkeypatch.setattr(module, "_build", build_badly)
+    monkeypatch.setattr(module, "_build", build_and_damage)
     with pytest.raises(OSError) as caught:
         build(path, cache)
     [folder] = (cache / "stores").iterdir()
     assert str(caught.value) == (
-        f"{folder}: damaged as soon as it was built (ids.bin is not what was written: its sha256 differs), "
+        f"{folder}: damaged as soon as it was built (ids.bin has a wrong sha256), "
         "so the disk may be failing; --cache_dir chooses another place"
     )
     assert len(builds) == 1
 
 
-@pytest.mark.parametrize("place", ["the lock", "the folder"])
-def test_a_damaged_store_that_cannot_be_replaced_is_one_error(place, path, cache, builds, monkeypatch):
-    """It is found before the work."""
+@pytest.mark.parametrize("failing", ["lock", "rename"])
+def test_a_damaged_store_that_cannot_be_rebuilt_is_one_error(failing, path, cache, builds, monkeypatch):
+    """The error comes before the work."""
     folder = build(path, cache).folder
     flip(folder / "ids.bin", 0)
     damaged = contents(folder)
@@ -203,22 +205,22 @@ def test_a_damaged_store_that_cannot_be_replaced_is_one_error(place, path, cache
     def refuse(self, *_):
         raise OSError(errno.EROFS, "Read-only file system", str(self))
 
-    if place == "the lock":
+    if failing == "lock":
         monkeypatch.setattr(module, "_try_lock", refuse)
     else:
         monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError) as caught:
         build(path, cache)
     assert str(caught.value) == (
-        f"{folder}: damaged (ids.bin is not what was written: its sha256 differs), and cannot be rebuilt: "
+        f"{folder}: damaged (ids.bin has a wrong sha256), and cannot be rebuilt: "
         f"{folder.parent}: cannot be written to (Read-only file system); --cache_dir chooses another place"
     )
     assert len(builds) == 1
     assert contents(folder) == damaged
 
 
-def test_a_damaged_store_in_a_containers_image_is_replaced(path, cache, monkeypatch):
-    """Overlayfs refuses to rename a folder of the image."""
+def test_a_damaged_store_in_a_container_image_is_replaced(path, cache, monkeypatch):
+    """overlayfs refuses to rename a folder of the image (EXDEV)."""
     folder, rename = build(path, cache).folder, Path.rename
     flip(folder / "ids.bin", 0)
 
@@ -232,7 +234,7 @@ def test_a_damaged_store_in_a_containers_image_is_replaced(path, cache, monkeypa
     assert list((cache / "stores").iterdir()) == [folder]
 
 
-def test_who_has_the_old_files_mapped_keeps_them(path, cache):
+def test_a_mapped_store_stays_valid_when_it_is_replaced(path, cache):
     store = build(path, cache)
     ids = store.ids.tolist()
     os.truncate(store.folder / "supervised.bin", 0)
@@ -242,12 +244,12 @@ def test_who_has_the_old_files_mapped_keeps_them(path, cache):
     assert not again.ids.any()
 
 
-def test_those_that_wait_sum_a_damaged_store_once_and_take_its_successor_when_it_comes(
+def test_a_waiting_process_hashes_a_damaged_store_once_and_opens_its_replacement(
     path, cache, builds, tmp_path, monkeypatch
 ):
-    """Summing a large one takes minutes. Its successor may be another machine's, whatever becomes of the lock here."""
+    """Hashing a large store takes minutes. Another machine may replace it while the lock here is still held."""
     folder = build(path, cache).folder
-    shutil.copytree(folder, tmp_path / "whole")
+    shutil.copytree(folder, tmp_path / "intact")
     flip(folder / "ids.bin", 0)
     opened, stores = [], []
 
@@ -261,23 +263,23 @@ def test_those_that_wait_sum_a_damaged_store_once_and_take_its_successor_when_it
         waiting = threading.Thread(target=lambda: stores.append(build(path, cache)), daemon=True)
         waiting.start()
         deadline = time.monotonic() + 60
-        while not opened:  # on a busy machine a thread may start late
+        while not opened:  # a thread may start late on a busy machine
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        time.sleep(1)  # it looks again after 0.05 s, 0.1 s, ...
+        time.sleep(1)  # enough for several polls (0.05 s, 0.1 s, ...)
         assert len(opened) == 1
         folder.rename(tmp_path / "damaged")
-        (tmp_path / "whole").rename(folder)
+        (tmp_path / "intact").rename(folder)
         waiting.join(30)
         assert len(stores) == 1
     assert len(builds) == 1
 
 
-# ---- on the disk before it has its name
+# ---- synced before the rename
 
 
-def test_all_of_it_is_on_the_disk_before_it_gets_its_name(path, cache, monkeypatch):
-    """Else a power cut may leave a folder of the right name with empty files."""
+def test_all_files_are_synced_before_the_folder_is_renamed(path, cache, monkeypatch):
+    """Otherwise a power cut may leave a folder with the final name and empty files."""
     events, fsync, rename = [], os.fsync, Path.rename
 
     def recorded_fsync(descriptor):
@@ -289,7 +291,7 @@ def test_all_of_it_is_on_the_disk_before_it_gets_its_name(path, cache, monkeypat
         try:
             return rename(self, target)
         finally:
-            if self.exists() or Path(target).exists():  # and not a damaged one that was never there
+            if self.exists() or Path(target).exists():  # not the attempt to move a damaged store that does not exist
                 events.append("renamed")
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
@@ -298,16 +300,18 @@ def test_all_of_it_is_on_the_disk_before_it_gets_its_name(path, cache, monkeypat
     before, after = events[: events.index("renamed")], events[events.index("renamed") + 1 :]
     sizes = dict(before)
     assert sorted(file.name for file in folder.iterdir()) == sorted(FILES)
-    assert all(sizes[file.stat().st_ino] == file.stat().st_size for file in folder.iterdir())  # all that is in it
+    assert all(
+        sizes[file.stat().st_ino] == file.stat().st_size for file in folder.iterdir()
+    )  # synced with their full size
     assert folder.stat().st_ino in sizes
     assert [inode for inode, _ in after] == [folder.parent.stat().st_ino]
 
 
-# ---- stores that the version before wrote
+# ---- stores of earlier versions
 
 
-def test_the_names_of_stores_are_those_of_the_version_before(tmp_path, monkeypatch):
-    """A checkpoint holds them: under another name its run would not resume."""
+def test_the_cache_key_has_not_changed(tmp_path, monkeypatch):
+    """Checkpoints contain the key: with another one their runs would not resume."""
     monkeypatch.setattr(module, "__version__", "1")
     (tmp_path / "a.txt").write_text("Once upon a time.\n")
     (tmp_path / "b.jsonl").write_text('{"text": "Once upon a time."}\n')
@@ -315,22 +319,22 @@ def test_the_names_of_stores_are_those_of_the_version_before(tmp_path, monkeypat
     assert module._key(files, "text", "tokenizer", 0) == "f71052540a56031d13d65b063ac8eba5"
 
 
-def test_a_store_without_sums_is_built_anew_under_its_name(tmp_path, cache, builds, capfd):
+def test_a_store_without_sha256_is_rebuilt_under_the_same_key(tmp_path, cache, builds, capfd):
     (tmp_path / "corpus.txt").write_text("Once upon a time. " * 40)
 
     def text_store():
         return build_text_store([str(tmp_path / "corpus.txt")], TOKENIZER, cache_dir=cache)
 
     store = text_store()
-    ids, fingerprint, whole = store.ids.tolist(), store.fingerprint, contents(store.folder)
-    meta = json.loads(whole["meta.json"])
+    ids, fingerprint, intact = store.ids.tolist(), store.fingerprint, contents(store.folder)
+    meta = json.loads(intact["meta.json"])
     old = {"dtype": meta["dtype"], "stats": meta["stats"]}
     (store.folder / "meta.json").write_text(json.dumps(old, indent=2))
     again = text_store()
     assert (again.ids.tolist(), again.fingerprint) == (ids, fingerprint)
-    assert contents(store.folder) == whole
+    assert contents(store.folder) == intact
     assert np.array_equal(again.supervised, np.ones(len(ids), dtype=bool))
     assert len(builds) == 2
     assert capfd.readouterr().err == (
-        f"{store.folder}: damaged (meta.json has no sums, as written by an earlier version): rebuilding it\n"
+        f"{store.folder}: damaged (meta.json has no sha256, as written by an earlier version): rebuilding it\n"
     )

@@ -1,4 +1,4 @@
-"""Texts that tokenizers get wrong, drawn at random."""
+"""Random texts that are difficult for tokenizers."""
 
 import random
 
@@ -11,16 +11,16 @@ SPACES = " \t\n\r\v\f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000"
 
 
 def fragment(rng: random.Random) -> str:
-    """A piece of text of one of the kinds that tokenizers get wrong."""
+    """A random piece of text of one of 11 difficult kinds."""
 
-    def some(items, most: int) -> str:
-        return "".join(rng.choices(items, k=rng.randint(1, most)))
+    def some(items, longest: int) -> str:
+        return "".join(rng.choices(items, k=rng.randint(1, longest)))
 
     kind = rng.randrange(11)
     if kind == 0:  # any scalar value of any plane
         numbers = [rng.randrange(0x110000 - 0x800) for _ in range(rng.randint(1, 8))]
         return "".join(chr(number + 0x800 * (number >= 0xD800)) for number in numbers)
-    if kind == 1:  # the first planes, where most numbers are assigned
+    if kind == 1:  # the first planes, in which most code points are assigned
         return "".join(chr(rng.choice((0, 0, 0x10000, 0x20000)) + rng.randrange(0xD800)) for _ in range(8))
     return [
         some(SPACES, 6),

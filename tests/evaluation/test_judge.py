@@ -119,7 +119,7 @@ def test_the_key_is_that_of_the_environment(monkeypatch):
     judge = Judge("http://127.0.0.1:1/v1", "j-1")
     assert judge.key == "sk-2"
     assert "sk-2" not in repr(judge)
-    with pytest.raises(ValueError, match="'127.0.0.1:1' is no address of a server"):
+    with pytest.raises(ValueError, match="'127.0.0.1:1' is not a server URL"):
         Judge("127.0.0.1:1", "j-1")
 
 

@@ -88,5 +88,5 @@ def test_a_bad_line_is_named(tmp_path, record, message):
 
 
 def test_a_broken_line_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"seeds.jsonl:2: .*cut off"):
+    with pytest.raises(ValueError, match=r"seeds.jsonl:2: .*truncated"):
         read(tmp_path, lines(SEED) + '{"instruction": "Say')

@@ -1,1 +1,1 @@
-"""Files of any supported format, read as a stream of conversations."""
+"""Reads files of any supported format as a stream of conversations."""

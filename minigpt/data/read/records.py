@@ -1,14 +1,14 @@
-"""Instruction data and raw text in the formats people have, as Conversations.
+"""Converts instruction data and raw text of many formats to Conversations.
 
-The formats are told apart by their keys, record by record: Stanford Alpaca (with Self-Instruct's and Belle's dialects),
+The format is detected for each record by its keys: Stanford Alpaca (with the variants of Self-Instruct and Belle),
 databricks-dolly, LMFlow's datasets (https://optimalscale.github.io/LMFlow/examples/DATASETS.html), prompt/completion
-pairs, messages, ShareGPT conversations, Self-Instruct seed tasks, and text, in which HugChat's and OIG's turns are
-found.
+pairs, messages, ShareGPT conversations, Self-Instruct seed tasks, and text, which is split into turns if it contains
+the markers of HugChat or OIG.
 
-What holds of every Conversation: either one "text" message, or an optional system message and then user and assistant
-messages in turn, the last one by the assistant. Contents are verbatim, the empty ones too; only where turns are found
-inside a text is the white space around each turn not part of it. Keys that a format does not know are ignored, and of
-a key that occurs twice the last one counts, as everywhere in JSON.
+Every Conversation is either one "text" message, or an optional system message followed by alternating user and
+assistant messages, the last one the assistant's. Contents are verbatim, even empty ones; only turns that were split out
+of a text are stripped of surrounding white space. Unknown keys are ignored, and if a key is repeated the last one wins,
+as usual in JSON.
 """
 
 import json
@@ -35,23 +35,23 @@ _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human":
 _KEYS = ("instruction", "input", "output", "prompt", "completion", "response", "messages", "conversations", "text")
 _FORMATS = '"instruction" and "output", "prompt" and "completion", "input" and "output", "messages" or "text"'
 _NO_INPUT = re.compile(r"\W*no[\W_]*(input|output)\W*", re.IGNORECASE)
-# HugChat's markers begin a line, with or without brackets; OIG's stand anywhere.
+# HugChat's markers are at the start of a line, with or without brackets; OIG's may be anywhere.
 _TEXT_TURN = re.compile(r"^[ \t]*(?:\[(?:Human|HugChat)\]|Human|HugChat):|<(?:human|bot)>:", re.MULTILINE)
 _BELLE_TURN = re.compile(r"^[ \t]*(?:Human|Assistant):", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages `{"role", "content"}`, role system, user, assistant or text; a user message may carry "input".
+    """Messages `{"role", "content"}` of role system, user, assistant or text; a user message may have an "input".
 
-    The line `{"instruction": "Name the capital.", "input": "France", "output": "Paris."}` is the messages
+    The record `{"instruction": "Name the capital.", "input": "France", "output": "Paris."}` becomes the messages
     `[{"role": "user", "content": "Name the capital.", "input": "France"}, {"role": "assistant", "content": "Paris."}]`.
     """
 
     messages: list[Message]
     source: str = field(default="", compare=False)
-    """`FILE:LINE` where its record begins (parquet: `FILE:ROW`); of further records on that line, as of an array that
-    was written without line ends, `FILE:LINE, record 2` and so on."""
+    """`FILE:LINE` on which the record starts (parquet: `FILE:ROW`). If several records are on one line, as in an array
+    written without line breaks, the later ones are `FILE:LINE, record 2` and so on."""
 
 
 def read_records(
@@ -61,32 +61,33 @@ def read_records(
     bad_records: list[str] | None = None,
     on_bytes: OnBytes | None = None,
 ) -> Iterator[Conversation]:
-    """Reads files, folders, globs and `hf://datasets/OWNER/NAME[@REVISION]/FILE`, in the order given.
+    """Reads conversations from files, folders, globs and `hf://datasets/OWNER/NAME[@REVISION]/FILE`.
 
     Args:
-        paths: one or several: .json, .jsonl, .txt (each also .gz), .parquet. A .txt file is one text message.
-        skip_bad_records: how many records that cannot be used are left out; the next one stops the reading.
-        bad_records: a list that receives the message of each record left out.
-        on_bytes: is called with the number of bytes read from the files since the last call.
+        paths: one or several, read in this order: .json, .jsonl, .txt (each also .gz), .parquet. A .txt file is one
+            text message.
+        skip_bad_records: maximum number of invalid records to skip; one more raises its error.
+        bad_records: a list to which the error message of each skipped record is appended.
+        on_bytes: called with the number of bytes read from the files since the last call.
 
     Raises:
-        FileNotFoundError: a path leads to no file; at once, before the first record.
-        ValueError: `FILE:LINE: what is wrong, what was expected`, while reading; the place as in
+        FileNotFoundError: a path matches no file; raised immediately, before the first record is read.
+        ValueError: `FILE:LINE: what is wrong, what was expected`, raised while reading; the location is that of
             `Conversation.source`.
     """
     files = find_data_files(paths)
     bad_records = [] if bad_records is None else bad_records
 
-    def conversations() -> Iterator[Conversation]:
+    def iterate() -> Iterator[Conversation]:
         for path in files:
             if is_raw_text(path):
                 yield Conversation([_text_message("".join(read_text(path, on_bytes)))], f"{path}:1")
                 continue
-            for source, found in _read(path, _conversations, skip_bad_records, bad_records, on_bytes):
-                for messages in found:
+            for source, conversations in _read(path, _conversations, skip_bad_records, bad_records, on_bytes):
+                for messages in conversations:
                     yield Conversation(messages, source)
 
-    return conversations()
+    return iterate()
 
 
 def read_texts(
@@ -96,15 +97,15 @@ def read_texts(
     bad_records: list[str] | None = None,
     on_bytes: OnBytes | None = None,
 ) -> Iterator[Iterator[str]]:
-    """Reads documents, verbatim: a .txt file is one, a record's "text" is one. Arguments and errors: `read_records`.
+    """Reads documents verbatim: each .txt file, and each record's "text". Arguments and errors as for `read_records`.
 
-    A document is an iterator of pieces, to be used up before the next document, so that a .txt file may be larger
-    than memory; `read_text` says where it is cut.
+    A document is an iterator of chunks (see `read_text`), so that a .txt file may be larger than memory. Consume it
+    before taking the next document.
     """
     files = find_data_files(paths)
     bad_records = [] if bad_records is None else bad_records
 
-    def documents() -> Iterator[Iterator[str]]:
+    def iterate() -> Iterator[Iterator[str]]:
         for path in files:
             if is_raw_text(path):
                 yield read_text(path, on_bytes)
@@ -112,28 +113,28 @@ def read_texts(
             for _, text in _read(path, _text, skip_bad_records, bad_records, on_bytes):
                 yield iter((text,))
 
-    return documents()
+    return iterate()
 
 
 def _read(
     path: Path, convert: Callable[[Any], Any], allowed: int, bad_records: list[str], on_bytes: OnBytes | None
 ) -> Iterator[tuple[str, Any]]:
-    """Yields `(source, what it converts to)` for each record of a file, less the bad ones that are allowed."""
+    """Yields `(source, convert(record))` for each record; up to `allowed` bad ones go to `bad_records` instead."""
     last_line = number = 0
     for line, record in read_values(path, on_bytes):
-        number = number + 1 if line == last_line else 1
+        number = number + 1 if line == last_line else 1  # of the record on its line
         last_line = line
         source = f"{path}:{line}" if number == 1 else f"{path}:{line}, record {number}"
         try:
             if isinstance(record, ValueError):  # a line that is not JSON
                 raise record
             if not isinstance(record, dict):
-                raise ValueError(f"the record is {_shown(record)}, expected an object with {_FORMATS}")
+                raise ValueError(f"the record is {_describe(record)}, expected an object with {_FORMATS}")
             converted = convert(record)
         except ValueError as error:
             if len(bad_records) >= allowed:
-                before = f" (after {allowed} bad records, as many as --skip_bad_records allows)" if allowed else ""
-                raise ValueError(f"{source}: {error}{before}") from None
+                limit = f" (after {allowed} bad records, the limit of --skip_bad_records)" if allowed else ""
+                raise ValueError(f"{source}: {error}{limit}") from None
             bad_records.append(f"{source}: {error}")
         else:
             yield source, converted
@@ -146,7 +147,7 @@ def _text(record: dict[str, Any]) -> str:
 
 
 def _conversations(record: dict[str, Any]) -> list[list[Message]]:
-    """The conversations of one record: one, or as many as a seed task has instances."""
+    """The conversations of one record: one for each instance of a seed task, else a single one."""
     if "messages" in record:
         return [_from_messages(record, "messages")]
     if "conversations" in record:
@@ -178,12 +179,12 @@ def _exchange(content: str, answer: str, context: str = "") -> list[Message]:
 
 
 def _is_input(text: str) -> bool:
-    """Whether there is an input: it is not when blank, or a variant of `<noinput>`."""
+    """Whether `text` is a real input: neither blank nor a variant of `<noinput>`."""
     return bool(text) and not text.isspace() and not _NO_INPUT.fullmatch(text)
 
 
 def _from_alpaca(record: dict[str, Any]) -> list[Message]:
-    """Alpaca's keys, or databricks-dolly's: `response` for the output, and `context` for the input."""
+    """Alpaca's keys, or databricks-dolly's: `response` instead of `output`, `context` instead of `input`."""
     dolly = "response" in record and "output" not in record
     instruction, answer = _string(record, "instruction"), _string(record, "response" if dolly else "output")
     context = _string(record, "context" if dolly and "context" in record else "input", default="")
@@ -191,9 +192,9 @@ def _from_alpaca(record: dict[str, Any]) -> list[Message]:
 
 
 def _from_belle(instruction: str, answer: str, context: str) -> list[Message] | None:
-    """The earlier turns inside an instruction, or None where they are not turns that wait for a reply.
+    """Splits an instruction that contains earlier turns; None if it is not a dialogue that ends with the user's turn.
 
-    `"Human: Hi.\\nAssistant: Hello.\\nHuman: Who are you?\\nAssistant:"` -> user, assistant, user, and the answer.
+    `"Human: Hi.\\nAssistant: Hello.\\nHuman: Who are you?\\nAssistant:"` -> user, assistant, user, and `answer`.
     """
     if "Assistant:" not in instruction or not instruction.lstrip().startswith("Human:"):
         return None
@@ -206,27 +207,27 @@ def _from_belle(instruction: str, answer: str, context: str) -> list[Message] | 
 
 
 def _from_turns(text: str) -> list[Message] | None:
-    """The turns inside a text, or None where the markers of both sides are not found.
+    """Splits a text into turns; None unless it contains the markers of both user and assistant.
 
-    `"Human: Hi. \\n HugChat: Hello. \\n\\n"` -> user "Hi.", assistant "Hello."; a text before the first turn -> system.
+    `"Human: Hi. \\n HugChat: Hello. \\n\\n"` -> user "Hi.", assistant "Hello."; text before the first turn -> system.
     """
     if "HugChat" not in text and "<bot>:" not in text:
         return None
     messages = _split(text, _TEXT_TURN)
     if {"user", "assistant"} - {message["role"] for message in messages}:
         return None
-    return _checked(messages)
+    return _validated(messages)
 
 
 def _split(text: str, marker: re.Pattern[str]) -> list[Message]:
-    found = list(marker.finditer(text))
-    if not found:
+    markers = list(marker.finditer(text))
+    if not markers:
         return []
-    before = text[: found[0].start()].strip()
+    before = text[: markers[0].start()].strip()
     messages = [{"role": "system", "content": before}] if before else []
-    for turn, end in zip(found, [following.start() for following in found[1:]] + [len(text)], strict=True):
-        role = "user" if "human" in turn[0].lower() else "assistant"
-        messages.append({"role": role, "content": text[turn.end() : end].strip()})
+    for match, end in zip(markers, [following.start() for following in markers[1:]] + [len(text)], strict=True):
+        role = "user" if "human" in match[0].lower() else "assistant"
+        messages.append({"role": role, "content": text[match.end() : end].strip()})
     return messages
 
 
@@ -249,7 +250,7 @@ def _from_messages(record: dict[str, Any], key: str) -> list[Message]:
             messages.append(_from_message(message))
         except ValueError as error:
             raise ValueError(f"message {number} of {json.dumps(key)}: {error}") from None
-    return _checked(messages)
+    return _validated(messages)
 
 
 def _from_message(message: dict[str, Any]) -> Message:
@@ -265,8 +266,8 @@ def _from_message(message: dict[str, Any]) -> Message:
     return turn
 
 
-def _checked(messages: list[Message]) -> list[Message]:
-    """The messages, less a last question that nobody answers; ValueError where they do not take turns."""
+def _validated(messages: list[Message]) -> list[Message]:
+    """The messages without a last, unanswered user message; ValueError if the roles do not alternate."""
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     if turns and turns[-1]["role"] == "user":
         messages, turns = messages[:-1], turns[:-1]
@@ -278,7 +279,7 @@ def _checked(messages: list[Message]) -> list[Message]:
             which = f"turn {number + 1}" if number else "the first turn"
             raise ValueError(
                 f"{which} has the role {json.dumps(role)}, expected {json.dumps(expected)} "
-                "(a system message first, if any, then user and assistant in turn)"
+                "(a system message first, if any, then user and assistant alternating)"
             )
     return messages
 
@@ -286,10 +287,10 @@ def _checked(messages: list[Message]) -> list[Message]:
 def _objects(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
     values = record[key]
     if not isinstance(values, list):
-        raise ValueError(f"{json.dumps(key)} is {_shown(values)}, expected an array of objects")
+        raise ValueError(f"{json.dumps(key)} is {_describe(values)}, expected an array of objects")
     for number, value in enumerate(values, 1):
         if not isinstance(value, dict):
-            raise ValueError(f"item {number} of {json.dumps(key)} is {_shown(value)}, expected an object")
+            raise ValueError(f"item {number} of {json.dumps(key)} is {_describe(value)}, expected an object")
     return values
 
 
@@ -297,12 +298,12 @@ def _string(record: dict[str, Any], key: str, default: str | None = None) -> str
     value = record.get(key)
     if isinstance(value, str):
         if not value.isascii() and (broken := broken_character(value)):
-            raise ValueError(f"{json.dumps(key)} holds {broken[1]}")
+            raise ValueError(f"{json.dumps(key)} contains {broken[1]}")
         return value
     if value is None and default is not None:
         return default
     if key in record:
-        raise ValueError(f"{json.dumps(key)} is {_shown(value)}, expected a string")
+        raise ValueError(f"{json.dumps(key)} is {_describe(value)}, expected a string")
     raise ValueError(_missing(record, key))
 
 
@@ -314,7 +315,7 @@ def _missing(record: dict[str, Any], key: str) -> str:
 def _unknown_format(record: dict[str, Any]) -> str:
     unknown = [key for key in record if key not in _KEYS]
     hints = [_rename(key, near) for key in unknown for near in get_close_matches(key, _KEYS, n=1)]
-    return f"a record of no known format, found {_listed(record)}{''.join(hints)}, expected {_FORMATS}"
+    return f"a record of unknown format, found {_listed(record)}{''.join(hints)}, expected {_FORMATS}"
 
 
 def _rename(key: str, known: str) -> str:
@@ -325,8 +326,8 @@ def _listed(keys: Iterable[str]) -> str:
     return ", ".join(map(json.dumps, keys)) or "no keys"
 
 
-def _shown(value: Any) -> str:
-    """A JSON value in words: `a number (3)`, `a string ("abc")`, `null`."""
+def _describe(value: Any) -> str:
+    """A description of a JSON value: `a number (3)`, `a string ("abc")`, `null`."""
     if value is None:
         return "null"
     names = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}

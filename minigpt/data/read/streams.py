@@ -1,7 +1,7 @@
-"""Data files: where they lie, and what is in them, however they are packed and encoded.
+"""Finds data files, and reads them as streams: decompresses gzip, detects the encoding, reads parquet.
 
-What a file is, its first bytes say: gzip, parquet, the encoding, a binary file. Only raw text is known by its
-name (.txt). Nothing is held but the part being read, so a file may be larger than memory.
+The type of a file is detected from its first bytes (gzip, parquet, encoding, binary); only raw text is recognized by
+its name (.txt). Files are read in chunks, so they may be larger than memory.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from minigpt.data.read.json_values import json_values
-from minigpt.files import fetch
+from minigpt.hub import fetch
 
 SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")  # each may be followed by .gz
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -33,9 +33,9 @@ _WORD_END = re.compile(r"\S(?=[ \n])")
 
 
 def find_data_files(paths: Paths) -> list[Path]:
-    """Files, folders (all data files below, sorted; hidden ones are not), globs and `hf://` files, in the order given.
+    """Resolves files, folders (all data files in them, sorted, without hidden ones), globs and `hf://` files, in order.
 
-    Raises `FileNotFoundError` where a path leads to no file.
+    Raises `FileNotFoundError` if a path matches no file.
     """
     return [file for path in ([paths] if isinstance(paths, str | os.PathLike) else paths) for file in _find(str(path))]
 
@@ -83,24 +83,24 @@ def _find_on_hub(name: str) -> Path:
 
 
 def is_raw_text(path: Path) -> bool:
-    """Whether the name says so: .txt, or .txt.gz."""
+    """Whether the name ends in .txt or .txt.gz."""
     return path.name.removesuffix(".gz").endswith(".txt")
 
 
 def read_text(path: Path, on_bytes: OnBytes | None = None) -> Iterator[str]:
-    """Yields the text of a file in pieces of about a million characters, its line ends as `\\n`.
+    """Yields the text of a file in chunks of about a million characters, with `\\n` line ends.
 
-    A piece ends with a word, before a blank or a line end: no token of GPT-2's pre-tokenizer spans that place, so
-    the pieces' ids, joined, are the text's ids.
+    A chunk ends after a word, before a space or line end. No token of GPT-2's pre-tokenizer spans that position, so the
+    chunks can be tokenized separately.
     """
     line, rest, empty = 1, "", True
     with _open(path, None, on_bytes) as text:
         while chunk := text.read(_CHUNK):
             if broken := broken_character(chunk):
                 line += chunk.count("\n", 0, broken[0])
-                raise ValueError(f"{path}:{line}: the text holds {broken[1]}")
+                raise ValueError(f"{path}:{line}: the text contains {broken[1]}")
             line, rest, empty = line + chunk.count("\n"), rest + chunk, False
-            cut = max((end.end() for end in _WORD_END.finditer(rest, max(0, len(rest) - 4096))), default=0)
+            cut = max((match.end() for match in _WORD_END.finditer(rest, max(0, len(rest) - 4096))), default=0)
             if cut:
                 yield rest[:cut]
                 rest = rest[cut:]
@@ -111,21 +111,21 @@ def read_text(path: Path, on_bytes: OnBytes | None = None) -> Iterator[str]:
 
 
 def broken_character(text: str) -> tuple[int, str] | None:
-    """Where a text that was read holds what is not text, and what it is; None where it is sound."""
+    """The index and description of the first character of a text that is not valid Unicode text, or None."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
             return error.start, f"the byte 0x{code - 0xDC00:02X}, which is not UTF-8: save the file as UTF-8"
-        return error.start, f"half of a surrogate pair (\\u{code:04x}), which is no character: remove it"
+        return error.start, f"half of a surrogate pair (\\u{code:04x}), which is not a character: remove it"
     return None
 
 
 def read_values(path: Path, on_bytes: OnBytes | None = None) -> Iterator[tuple[int, Any]]:
-    """Yields `(line, value)` for each record of a file, as `json_values` does; in parquet, the row and its value.
+    """Yields `(line, value)` for each record of a file, like `json_values`; for parquet, `(row, value)`.
 
-    Bytes that are not UTF-8 come as lone surrogates, which `broken_character` finds.
+    Bytes that are not UTF-8 are decoded as lone surrogates, which `broken_character` detects.
     """
     empty = True
     with path.open("rb") as file:
@@ -164,30 +164,30 @@ def _parquet_rows(path: Path, on_bytes: OnBytes | None) -> Iterator[tuple[int, A
 
 @contextmanager
 def _open(path: Path, newline: str | None, on_bytes: OnBytes | None) -> Iterator[io.TextIOWrapper]:
-    """The text of a file, unpacked where it is gzip, decoded by its byte-order mark or else as UTF-8."""
+    """Opens a file as text: decompressed if it is gzip, decoded by its byte-order mark, else as UTF-8."""
     raw = _Counted(path, on_bytes) if on_bytes else io.FileIO(path)
-    with io.BufferedReader(raw, 1 << 18) as packed:
-        stream = gzip.GzipFile(fileobj=packed) if packed.peek(2)[:2] == b"\x1f\x8b" else packed
+    with io.BufferedReader(raw, 1 << 18) as buffered:
+        stream = gzip.GzipFile(fileobj=buffered) if buffered.peek(2)[:2] == b"\x1f\x8b" else buffered
         try:
             head = stream.peek(4096)[:4096]
             if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 encoding = "utf-16"
             elif b"\0" in head:
                 raise ValueError(
-                    f"{path}: a binary file (it holds NUL bytes), expected JSON, JSON lines, text or parquet "
+                    f"{path}: a binary file (it contains NUL bytes), expected JSON, JSON lines, text or parquet "
                     "(UTF-16 needs its byte-order mark)"
                 )
             else:
                 encoding = "utf-8-sig" if head.startswith(codecs.BOM_UTF8) else "utf-8"
             yield io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline=newline)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: a damaged gzip file ({error}): fetch it again, or pack it again") from error
-        except UnicodeDecodeError as error:  # UTF-16 alone: a byte that is not UTF-8 comes as a lone surrogate
+            raise ValueError(f"{path}: a damaged gzip file ({error}): fetch it again, or compress it again") from error
+        except UnicodeDecodeError as error:  # UTF-16 only: invalid UTF-8 is decoded as lone surrogates
             raise ValueError(f"{path}: damaged {error.encoding.upper()} ({error.reason}): save it as UTF-8") from error
 
 
 class _Counted(io.FileIO):
-    """A file that reports how far it is read, in bytes on disk."""
+    """A file that reports the bytes read from disk, for a progress bar."""
 
     def __init__(self, path: Path, on_bytes: OnBytes):
         super().__init__(path)
@@ -195,7 +195,7 @@ class _Counted(io.FileIO):
 
     def readinto(self, buffer: Any) -> int | None:
         size = super().readinto(buffer)
-        if self.tell() > self.reported:  # the start is read twice
+        if self.tell() > self.reported:  # not on a second read of the start
             self.on_bytes(self.tell() - self.reported)
             self.reported = self.tell()
         return size

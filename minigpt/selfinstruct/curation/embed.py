@@ -12,7 +12,7 @@ import numpy as np
 
 from minigpt.data.order import shard
 from minigpt.distributed import pick_device, progress_bar
-from minigpt.files import hub_is_reachable, resolve_file
+from minigpt.hub import hub_is_reachable, resolve_file
 
 ROWS = 256  # compared at once: 100 MB of cosines with 100,000 vectors
 

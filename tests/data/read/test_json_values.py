@@ -1,4 +1,4 @@
-"""JSON as a stream: the same values as json.loads gives, with line numbers, whatever the layout."""
+"""The streaming JSON reader: the values of json.loads, with line numbers, for every layout."""
 
 import io
 import json
@@ -19,13 +19,13 @@ def values(text):
     return list(json_values(PATH, io.StringIO(text, newline="\n")))
 
 
-def fails(text):
-    """The values before the error, and the error."""
-    found = []
+def values_and_error(text):
+    """The values before the error, and the error message."""
+    before = []
     with pytest.raises(ValueError) as error:
         for value in json_values(PATH, io.StringIO(text, newline="\n")):
-            found.append(value)
-    return found, str(error.value)
+            before.append(value)
+    return before, str(error.value)
 
 
 def test_worked_example():
@@ -74,13 +74,13 @@ def test_layouts(text, expected):
         ),
     ],
 )
-def test_a_dataset_gives_its_instances_and_a_seed_task_itself(text, expected):
+def test_a_dataset_yields_its_instances_and_a_seed_task_itself(text, expected):
     assert values(text) == expected
 
 
-def test_instances_that_turn_out_to_be_a_seed_tasks_are_refused():
-    """Streamed before "instruction" is seen, they would be read without it."""
-    _, error = fails('{\n"id": 1,\n"instances": [\n{"output": "a"}],\n"instruction": "i"}')
+def test_a_seed_task_with_instances_before_the_instruction_is_an_error():
+    """Its instances are streamed before the "instruction" is read, and would lack it."""
+    _, error = values_and_error('{\n"id": 1,\n"instances": [\n{"output": "a"}],\n"instruction": "i"}')
     assert error == (
         'data.json:3: "instances" belongs to a dataset, which has a "type", or to a seed task, which has its '
         '"instruction" before them; found "id", "instruction"'
@@ -88,26 +88,26 @@ def test_instances_that_turn_out_to_be_a_seed_tasks_are_refused():
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
-def test_any_window_gives_what_json_loads_gives(monkeypatch, chunk):
+def test_any_chunk_size_gives_the_values_of_json_loads(monkeypatch, chunk):
     monkeypatch.setattr(module, "_CHUNK", chunk)
-    draw = random.Random(chunk)
+    rng = random.Random(chunk)
 
     def value(depth):
-        kind = draw.randrange(8 if depth else 6)
+        kind = rng.randrange(8 if depth else 6)
         if kind < 4:
-            return [None, True, draw.uniform(-1e9, 1e-9), draw.randrange(-(10**20), 10**20)][kind]
+            return [None, True, rng.uniform(-1e9, 1e-9), rng.randrange(-(10**20), 10**20)][kind]
         if kind < 6:
             return "".join(
-                draw.choice('ab"\\/\n\t {}[],:\u00e9\u4e2d\u2028\U0001f600') for _ in range(draw.randrange(40))
+                rng.choice('ab"\\/\n\t {}[],:\u00e9\u4e2d\u2028\U0001f600') for _ in range(rng.randrange(40))
             )
         if kind == 6:
-            return [value(depth - 1) for _ in range(draw.randrange(4))]
-        return {f"k{i}": value(depth - 1) for i in range(draw.randrange(4))}
+            return [value(depth - 1) for _ in range(rng.randrange(4))]
+        return {f"k{i}": value(depth - 1) for i in range(rng.randrange(4))}
 
     for _ in range(300):
-        rows = [{"row": i, "value": value(3)} for i in range(draw.randrange(1, 6))]
-        ascii_only = draw.random() < 0.5
-        array = json.dumps(rows, indent=draw.choice([None, 1]), ensure_ascii=ascii_only)
+        rows = [{"row": i, "value": value(3)} for i in range(rng.randrange(1, 6))]
+        ascii_only = rng.random() < 0.5
+        array = json.dumps(rows, indent=rng.choice([None, 1]), ensure_ascii=ascii_only)
         assert values(array) == [(line_of(array, i), row) for i, row in enumerate(rows)]
         lines = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
         assert values(lines) == list(enumerate(rows, 1))
@@ -121,33 +121,33 @@ def line_of(array, row):
     return array[: array.index(f'"row": {row},')].rpartition("{")[0].count("\n") + 1
 
 
-def test_a_bad_line_comes_as_an_error_and_the_next_lines_follow():
+def test_a_bad_line_is_yielded_as_an_error_and_reading_continues():
     good = '{"a": 1}'
     bad = ['{"a" 1}', '{"a": ', '{"a": "x', '{"a": "x\\', '{"a": tr', "x", f"{good},", "{'a': 1}", '{"a": \udce9}']
-    found = values("\n".join([good, *bad, good, '{"a": "cut']))
-    assert (found[0], found[-2]) == ((1, {"a": 1}), (11, {"a": 1}))
-    cut = "the line ends in the middle of a record (column {}): a record must stand on one line"
-    assert [(line, str(error)) for line, error in found[1:-2] + found[-1:]] == [
+    pairs = values("\n".join([good, *bad, good, '{"a": "cut']))
+    assert (pairs[0], pairs[-2]) == ((1, {"a": 1}), (11, {"a": 1}))
+    truncated = "the line ends in the middle of a record (column {}): a record must be on one line"
+    assert [(line, str(error)) for line, error in pairs[1:-2] + pairs[-1:]] == [
         (2, "not valid JSON at column 6, near '1}': Expecting ':' delimiter"),
-        (3, cut.format(5)),
-        (4, cut.format(8)),
-        (5, cut.format(9)),
-        (6, cut.format(8)),
+        (3, truncated.format(5)),
+        (4, truncated.format(8)),
+        (5, truncated.format(9)),
+        (6, truncated.format(8)),
         (7, "not valid JSON at column 1, near 'x': Expecting value"),
         (8, "not valid JSON at column 9, near ',': Extra data"),
         (9, "not valid JSON at column 2, near \"'a': 1}\": Expecting property name enclosed in double quotes"),
         (10, "not valid JSON at column 7, near b'\\xe9}': Expecting value"),
         (
             12,
-            "the last line is cut off (column 10): the file was not written to its end; "
+            "the last line is truncated (column 10): the file was not written completely; "
             "delete the line, or write the file again",
         ),
     ]
-    assert all(isinstance(error, ValueError) for _, error in found[1:-2])
+    assert all(isinstance(error, ValueError) for _, error in pairs[1:-2])
 
 
 @pytest.mark.parametrize("first", ['{"a" 1}', '{"a": "x', "{'a': 1}", '{"a": 1},'])
-def test_a_bad_first_line_is_a_bad_line(first):
+def test_a_bad_first_line_can_be_skipped(first):
     (line, error), *rest = values(f'{first}\n{{"a": 2}}\n')
     assert (line, type(error), rest) == (1, ValueError, [(2, {"a": 2})])
 
@@ -180,40 +180,40 @@ def test_a_bad_first_line_is_a_bad_line(first):
             f"3: not valid JSON at column 1, near '2}}': Expecting property name enclosed in double quotes {SKIP}",
         ),
         ('{"a"\n=1}', 0, f"2: not valid JSON at column 1, near '=1}}': Expecting ':' delimiter {SKIP}"),
-        ("[", 0, "1: the file is cut off: write or fetch it again"),
-        ('[{"a": 1}', 1, "1: the file is cut off: write or fetch it again"),
-        ('[{"a": 1},\n', 1, "2: the file is cut off: write or fetch it again"),
+        ("[", 0, "1: the file is truncated: write or fetch it again"),
+        ('[{"a": 1}', 1, "1: the file is truncated: write or fetch it again"),
+        ('[{"a": 1},\n', 1, "2: the file is truncated: write or fetch it again"),
         (
             '[1,\n{"a": {\n"b": "x',
             1,
-            "3: the file is cut off in the middle of what starts at line 2: write or fetch it again",
+            "3: the file is truncated inside the value that starts at line 2: write or fetch it again",
         ),
-        ('{"instances": [\n{"a": 1},\n{"a": 2}', 2, "3: the file is cut off: write or fetch it again"),
+        ('{"instances": [\n{"a": 1},\n{"a": 2}', 2, "3: the file is truncated: write or fetch it again"),
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
-def test_what_cannot_be_read_further_names_line_column_and_fix(monkeypatch, text, count, message, chunk):
-    found, error = fails(text)
-    assert (len(found), error) == (count, f"data.json:{message}")
-    if text[:1] in ("[", "{"):  # what is not JSON is quoted from the first chunk
+def test_errors_name_line_column_and_fix(monkeypatch, text, count, message, chunk):
+    before, error = values_and_error(text)
+    assert (len(before), error) == (count, f"data.json:{message}")
+    if text[:1] in ("[", "{"):  # otherwise the error quotes the first chunk, so its size matters
         monkeypatch.setattr(module, "_CHUNK", chunk)
-        assert fails(text) == (found, error)
+        assert values_and_error(text) == (before, error)
 
 
-def test_a_record_that_never_ends_is_refused_before_memory_is(monkeypatch):
+def test_a_missing_bracket_is_an_error_before_memory_runs_out(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 10)
     monkeypatch.setattr(module, "_LONGEST", 1000)
-    found, error = fails('[1,\n{"messages": [' + '{"a": 1},\n' * 500)
-    assert found == [(1, 1)]
+    before, error = values_and_error('[1,\n{"messages": [' + '{"a": 1},\n' * 500)
+    assert before == [(1, 1)]
     assert error == (
-        "data.json:2: a record of more than 1,000 characters starts here: a bracket is missing, or the records stand "
-        'under a key that is not "instances"'
+        "data.json:2: a record of more than 1,000 characters starts here: a bracket is missing, or the records are "
+        'under a key other than "instances"'
     )
 
 
 @pytest.mark.parametrize("layout", ["lines", "array"])
 def test_one_bad_record_among_a_million(layout):
-    """It is found, at its line, in time that grows with the file and not with its square."""
+    """The error names its line, and the time is linear in the size of the file, not quadratic."""
     good, bad, half = '{"a": "b"}', '{"a" "b"}', 500_000
     separator = "\n" if layout == "lines" else ",\n"
     text = separator.join([*[good] * half, bad, *[good] * half])

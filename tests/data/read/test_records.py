@@ -1,4 +1,4 @@
-"""Records of every format become Conversations; what cannot is refused with file, line and fix."""
+"""Records of every format are converted to Conversations; errors name file, line and fix."""
 
 import json
 
@@ -168,7 +168,7 @@ def test_formats(tmp_path, name, layout):
         assert read(tmp_path, json.dumps(records, indent=2 if layout == "indented" else None)) == expected
 
 
-def test_raw_text_is_one_message_verbatim(tmp_path):
+def test_a_txt_file_is_one_verbatim_message(tmp_path):
     story = '{"text": 1}\n\n  Human: Hi. \n HugChat: Hello. \n'
     assert read(tmp_path, story, "story.txt") == [text(story)]
 
@@ -178,7 +178,7 @@ def test_formats_may_be_mixed_in_one_file(tmp_path):
     assert read(tmp_path, "\n".join(lines)) == [text("One."), HELLO, HELLO]
 
 
-def test_source_names_file_and_line_and_is_not_compared(tmp_path):
+def test_source_is_file_and_line_and_is_not_compared(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('\n{"text": "a"}\n\n{"text": "a"}\n')
     first, second = read_records(path)
@@ -186,17 +186,19 @@ def test_source_names_file_and_line_and_is_not_compared(tmp_path):
     assert first == second == Conversation(text("a"))
 
 
-def test_sources_tell_the_records_of_one_line_apart(tmp_path):
-    """json.dump writes an array without line ends: all its records stood at FILE:1, in errors and in curated data."""
+def test_source_distinguishes_records_on_one_line(tmp_path):
+    """Regression: json.dump writes an array on one line, so all its records had the source FILE:1."""
     path = tmp_path / "data.json"
     path.write_text('[{"text": "a"}, {"text": "b"},\n {"text": "c"}, {"text": "d"}, 5]')
-    places, bad = ["1", "1, record 2", "2", "2, record 2"], []
+    locations, bad = ["1", "1, record 2", "2", "2, record 2"], []
     records = list(read_records(path, skip_bad_records=1, bad_records=bad))
-    assert [record.source for record in records] == [f"{path}:{place}" for place in places]
+    assert [record.source for record in records] == [f"{path}:{location}" for location in locations]
     assert bad[0].startswith(f"{path}:2, record 3: the record is a number (5)")
 
     (tmp_path / "dataset.jsonl").write_text('{"type": "text_only", "instances": [{"text": "a"}, {"text": "b"}]}\n')
-    (tmp_path / "tasks.json").write_text(json.dumps([FORMATS["seed tasks"][0]] * 2))  # a record of two conversations
+    (tmp_path / "tasks.json").write_text(
+        json.dumps([FORMATS["seed tasks"][0]] * 2)
+    )  # each record has two conversations
     sources = [record.source.removeprefix(f"{tmp_path}/") for record in read_records(tmp_path, skip_bad_records=1)][4:]
     tasks = ["tasks.json:1"] * 2 + ["tasks.json:1, record 2"] * 2
     assert sources == ["dataset.jsonl:1", "dataset.jsonl:1, record 2", *tasks]
@@ -205,7 +207,7 @@ def test_sources_tell_the_records_of_one_line_apart(tmp_path):
 @pytest.mark.parametrize(
     "blank", ["", " \n", "<noinput>", "<nooutput>", "<No input>", "Noinput", "[no_input]", "no input."]
 )
-def test_a_blank_input_is_none(tmp_path, blank):
+def test_a_blank_input_is_no_input(tmp_path, blank):
     assert read(tmp_path, {"instruction": "Hi.", "input": blank, "output": "Hello."}) == [HELLO]
 
 
@@ -215,30 +217,30 @@ def test_contents_are_verbatim(tmp_path, content):
     assert read(tmp_path, {"instruction": content, "input": content, "output": content}) == [expected]
 
 
-def test_an_empty_answer_is_an_answer(tmp_path):
+def test_an_empty_answer_is_valid(tmp_path):
     record = {"instruction": "Say nothing.", "input": "", "output": ""}
     assert read(tmp_path, record) == [
         [{"role": "user", "content": "Say nothing."}, {"role": "assistant", "content": ""}]
     ]
 
 
-def test_of_a_key_that_occurs_twice_the_last_one_counts(tmp_path):
+def test_the_last_of_repeated_keys_wins(tmp_path):
     assert read(tmp_path, '{"text": "a", "text": "b"}') == [text("b")]
 
 
 FORMAT_LIST = '"instruction" and "output", "prompt" and "completion", "input" and "output", "messages" or "text"'
-TURNS = "(a system message first, if any, then user and assistant in turn)"
+TURNS = "(a system message first, if any, then user and assistant alternating)"
 BAD_RECORDS = [
     (3, f"the record is a number (3), expected an object with {FORMAT_LIST}"),
     (["a"], f'the record is an array (["a"]), expected an object with {FORMAT_LIST}'),
     ("a", f'the record is a string ("a"), expected an object with {FORMAT_LIST}'),
     (None, f"the record is null, expected an object with {FORMAT_LIST}"),
     (True, f"the record is a boolean (true), expected an object with {FORMAT_LIST}"),
-    ({}, f"a record of no known format, found no keys, expected {FORMAT_LIST}"),
-    ({"a": 1, "b": 2}, f'a record of no known format, found "a", "b", expected {FORMAT_LIST}'),
+    ({}, f"a record of unknown format, found no keys, expected {FORMAT_LIST}"),
+    ({"a": 1, "b": 2}, f'a record of unknown format, found "a", "b", expected {FORMAT_LIST}'),
     (
         {"instrucion": "Hi.", "output": "Hello."},
-        'a record of no known format, found "instrucion", "output" (rename "instrucion" to "instruction"?), '
+        'a record of unknown format, found "instrucion", "output" (rename "instrucion" to "instruction"?), '
         f"expected {FORMAT_LIST}",
     ),
     ({"instruction": "Hi."}, '"output" is missing, found "instruction"'),
@@ -256,7 +258,7 @@ BAD_RECORDS = [
     ({"prompt": "Hi.", "answer": "Hello."}, '"completion" is missing, found "prompt", "answer"'),
     ({"input": "Hi."}, '"output" is missing, found "input"'),
     ({"text": {"a": 1}}, '"text" is an object ({"a": 1}), expected a string'),
-    ({"text": "\ud83d"}, '"text" holds half of a surrogate pair (\\ud83d), which is no character: remove it'),
+    ({"text": "\ud83d"}, '"text" contains half of a surrogate pair (\\ud83d), which is not a character: remove it'),
     ({"text": "Human: a \n HugChat: b \n HugChat: c"}, f'turn 3 has the role "assistant", expected "user" {TURNS}'),
     ({"messages": "Hi."}, '"messages" is a string ("Hi."), expected an array of objects'),
     ({"messages": ["Hi."]}, 'item 1 of "messages" is a string ("Hi."), expected an object'),
@@ -298,30 +300,30 @@ def test_bad_records(tmp_path, record, message):
         assert str(error.value) == f"{tmp_path / 'data.json'}:{line}: {message}"
 
 
-def test_bad_records_are_tolerated_up_to_a_number_over_all_files(tmp_path):
+def test_skip_bad_records_is_a_limit_over_all_files(tmp_path):
     good = '{"text": "good"}\n'
     (tmp_path / "a.jsonl").write_text(good + "{\n" + good)
     (tmp_path / "b.json").write_text('[{"text": "good"}, 3,\n {"text": 4}]')
     bad = [
-        f"{tmp_path}/a.jsonl:2: the line ends in the middle of a record (column 1): a record must stand on one line",
+        f"{tmp_path}/a.jsonl:2: the line ends in the middle of a record (column 1): a record must be on one line",
         f"{tmp_path}/b.json:1, record 2: the record is a number (3), expected an object with {FORMAT_LIST}",
         f'{tmp_path}/b.json:2: "text" is a number (4), expected a string',
     ]
-    found: list[str] = []
-    assert len(list(read_records(tmp_path, skip_bad_records=3, bad_records=found))) == 3
-    assert found == bad
+    skipped: list[str] = []
+    assert len(list(read_records(tmp_path, skip_bad_records=3, bad_records=skipped))) == 3
+    assert skipped == bad
 
-    found = []
+    skipped = []
     with pytest.raises(ValueError) as error:
-        list(read_records(tmp_path, skip_bad_records=2, bad_records=found))
-    assert str(error.value) == f"{bad[2]} (after 2 bad records, as many as --skip_bad_records allows)"
-    assert found == bad[:2]
+        list(read_records(tmp_path, skip_bad_records=2, bad_records=skipped))
+    assert str(error.value) == f"{bad[2]} (after 2 bad records, the limit of --skip_bad_records)"
+    assert skipped == bad[:2]
 
 
 def test_read_texts(tmp_path):
     (tmp_path / "a.txt").write_text("Human: One.\n")
     (tmp_path / "b.jsonl").write_text('{"text": "Human: Hi. \\n HugChat: Hello."}\n{"text": "Two."}\n')
-    texts = ["".join(pieces) for pieces in read_texts([tmp_path / "b.jsonl", tmp_path / "a.txt"])]
+    texts = ["".join(chunks) for chunks in read_texts([tmp_path / "b.jsonl", tmp_path / "a.txt"])]
     assert texts == ["Human: Hi. \n HugChat: Hello.", "Two.", "Human: One.\n"]
 
     (tmp_path / "c.jsonl").write_text('{"instruction": "Hi.", "output": "Hello."}\n')

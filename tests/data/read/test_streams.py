@@ -1,4 +1,4 @@
-"""Data files are found and opened, whatever they are packed in; broken ones are refused by name."""
+"""Finding and opening data files of every encoding and compression; errors name the file."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ def write(path, content):
     return path
 
 
-# Finding
+# ---- finding files
 
 
 def test_files_folders_and_globs_in_the_order_given(tmp_path, monkeypatch):
@@ -41,8 +41,8 @@ def test_files_folders_and_globs_in_the_order_given(tmp_path, monkeypatch):
     ]
     for name in names:
         write(tmp_path / name, "x")
-    found = find_data_files(["e/*.txt", "d", Path("d/README.md"), "e/2.txt"])
-    assert [str(path) for path in found] == [
+    files = find_data_files(["e/*.txt", "d", Path("d/README.md"), "e/2.txt"])
+    assert [str(path) for path in files] == [
         *("e/1.txt", "e/2.txt"),
         *("d/a/y.txt.gz", "d/a/z.jsonl", "d/b.json", "d/c.parquet"),
         *("d/README.md", "e/2.txt"),
@@ -51,7 +51,7 @@ def test_files_folders_and_globs_in_the_order_given(tmp_path, monkeypatch):
     assert find_data_files(Path("e")) == [Path("e/1.txt"), Path("e/2.txt")]
 
 
-def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path):
+def test_an_existing_file_takes_precedence_over_a_glob(tmp_path):
     path = write(tmp_path / "data[1].json", "[]")
     assert find_data_files(path) == [path]
 
@@ -66,7 +66,7 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path):
         ("folder.json", "a folder without data files (expected .json .jsonl .txt .parquet, or with .gz)"),
     ],
 )
-def test_a_path_that_leads_nowhere_is_refused_before_anything_is_read(tmp_path, name, message):
+def test_a_path_without_files_is_an_error_before_anything_is_read(tmp_path, name, message):
     good = write(tmp_path / "instruction-data.json", "[]")
     write(tmp_path / "folder.json" / "README.md", "x")
     with pytest.raises(FileNotFoundError) as error:
@@ -74,15 +74,15 @@ def test_a_path_that_leads_nowhere_is_refused_before_anything_is_read(tmp_path, 
     assert str(error.value) == f"{tmp_path / name}: {message.format(folder=tmp_path)}"
 
 
-# Opening
+# ---- opening files
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
-def test_encodings_and_line_ends_read_the_same(tmp_path, encoding, end, packed):
+@pytest.mark.parametrize("gzipped", [False, True], ids=["plain", "gzip"])
+def test_encodings_and_line_ends_read_the_same(tmp_path, encoding, end, gzipped):
     mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
-    pack = gzip.compress if packed else bytes
+    compress = gzip.compress if gzipped else bytes
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     for text in (
         end.join(lines),
@@ -90,14 +90,14 @@ def test_encodings_and_line_ends_read_the_same(tmp_path, encoding, end, packed):
         f"[{end}{f',{end}'.join(lines)}{end}]{end}",
         json.dumps({"type": "text_only", "instances": ROWS}, indent=1).replace("\n", end),
     ):
-        path = write(tmp_path / "data.json", pack((mark + text).encode(encoding)))
+        path = write(tmp_path / "data.json", compress((mark + text).encode(encoding)))
         assert [value for _, value in read_values(path)] == ROWS
-    path = write(tmp_path / "data.txt", pack(f"{mark}One.{end}{end}中文{end}".encode(encoding)))
+    path = write(tmp_path / "data.txt", compress(f"{mark}One.{end}{end}中文{end}".encode(encoding)))
     assert "".join(read_text(path)) == "One.\n\n中文\n"
 
 
 @pytest.mark.parametrize("name", ["lines.json", "lines.json.gz", "lines"])
-def test_the_content_says_what_a_file_is_and_not_its_name(tmp_path, name):
+def test_the_format_is_detected_from_the_content_not_the_name(tmp_path, name):
     path = write(tmp_path / name, '{"text": "a"}\n{"text": "b"}')
     assert list(read_values(path)) == [(1, {"text": "a"}), (2, {"text": "b"})]
     path = write(tmp_path / f"array_of_{name}l", gzip.compress(b'[{"text": "a"},\n{"text": "b"}]'))
@@ -133,7 +133,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
 GZIP = gzip.compress(bytes(random.Random(0).choices(b"abcdef \n", k=4000)))
 UTF_16 = '{"text": "a"}\n{"text": "b"}\n'.encode("utf-16")
 BINARY = (
-    ": a binary file (it holds NUL bytes), expected JSON, JSON lines, text or parquet "
+    ": a binary file (it contains NUL bytes), expected JSON, JSON lines, text or parquet "
     "(UTF-16 needs its byte-order mark)"
 )
 
@@ -161,35 +161,35 @@ BINARY = (
         (
             "data.jsonl",
             b'{"text": "a"}\n{"text": "caf\xe9"}\n',
-            ':2: "text" holds the byte 0xE9, which is not UTF-8: save the file as UTF-8',
+            ':2: "text" contains the byte 0xE9, which is not UTF-8: save the file as UTF-8',
         ),
         (
             "data.json",
             b'[\n{"text": "caf\xe9"}\n]',
-            ':2: "text" holds the byte 0xE9, which is not UTF-8: save the file as UTF-8',
+            ':2: "text" contains the byte 0xE9, which is not UTF-8: save the file as UTF-8',
         ),
         (
             "data.txt",
             b"one\n\ncaf\xe9\n",
-            ":3: the text holds the byte 0xE9, which is not UTF-8: save the file as UTF-8",
+            ":3: the text contains the byte 0xE9, which is not UTF-8: save the file as UTF-8",
         ),
         (
             "data.jsonl",
             b'{"text": "a"}\n{"text": "\xe4\xb8',
-            ":2: the last line is cut off (column 12): the file was not written to its end; "
+            ":2: the last line is truncated (column 12): the file was not written completely; "
             "delete the line, or write the file again",
         ),
         (
             "data.json",
             b'[\n{"text": "a"},\n{"text": "\xe4\xb8',
-            ":3: the file is cut off in the middle of what starts at line 3: write or fetch it again",
+            ":3: the file is truncated inside the value that starts at line 3: write or fetch it again",
         ),
         ("data.jsonl", UTF_16[:-1], ": damaged UTF-16-LE (truncated data): save it as UTF-8"),
         (
             "data.txt",
             GZIP[:-20],
             ": a damaged gzip file (Compressed file ended before the end-of-stream marker was reached): "
-            "fetch it again, or pack it again",
+            "fetch it again, or compress it again",
         ),
     ],
 )
@@ -200,31 +200,33 @@ def test_broken_files(tmp_path, name, content, message):
     assert str(error.value) == f"{path}{message}"
 
 
-def test_a_bad_gzip_stream_is_refused_by_name(tmp_path):
+def test_a_corrupt_gzip_file(tmp_path):
     path = write(tmp_path / "data.jsonl", GZIP[:10] + b"\xff" * 20)
-    with pytest.raises(ValueError, match=rf"^{path}: a damaged gzip file \(.*\): fetch it again, or pack it again$"):
+    with pytest.raises(
+        ValueError, match=rf"^{path}: a damaged gzip file \(.*\): fetch it again, or compress it again$"
+    ):
         list(read_records(path))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 50])
-def test_pieces_of_a_text_are_cut_where_no_token_is(tmp_path, monkeypatch, chunk):
-    """GPT-2's pre-tokenizer finds the same words in the pieces, one after another, as in the whole."""
+def test_text_chunks_are_cut_between_tokens(tmp_path, monkeypatch, chunk):
+    """GPT-2's pre-tokenizer finds the same words in the chunks as in the whole text."""
     regex = pytest.importorskip("regex")
     words = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-    draw = random.Random(chunk)
+    rng = random.Random(chunk)
     text = "".join(
-        draw.choices(["a", "don't", " ", "  ", "\n", "\n\n", "\t", "42", "!?", "中文", "\u2003", "\x1f"], k=500)
+        rng.choices(["a", "don't", " ", "  ", "\n", "\n\n", "\t", "42", "!?", "中文", "\u2003", "\x1f"], k=500)
     )
     path = write(tmp_path / "data.txt", text)
     monkeypatch.setattr(streams, "_CHUNK", chunk)
-    pieces = list(read_text(path))
-    assert "".join(pieces) == text
-    assert len(pieces) > 10
-    assert [word for piece in pieces for word in words.findall(piece)] == words.findall(text)
+    chunks = list(read_text(path))
+    assert "".join(chunks) == text
+    assert len(chunks) > 10
+    assert [word for part in chunks for word in words.findall(part)] == words.findall(text)
 
 
 @pytest.mark.parametrize("name", ["data.txt", "data.jsonl", "data.json", "data.jsonl.gz"])
-def test_progress_is_told_in_bytes_on_disk(tmp_path, name):
+def test_progress_is_reported_in_bytes_on_disk(tmp_path, name):
     content = b"".join(b'{"text": "%d"}\n' % i for i in range(100_000))
     content = b"[" + content.replace(b"\n", b",\n")[:-2] + b"]" if name == "data.json" else content
     path = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
@@ -238,12 +240,12 @@ MEASURE = """
 import re, sys
 from minigpt.data.read.records import read_records
 
-def peak():  # KiB; not ru_maxrss, which starts with the parent's
+def peak():  # KiB; not ru_maxrss, which starts at the parent's peak
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
-first = peak()
+before = peak()
 count = sum(1 for _ in read_records(sys.argv[1]))
-print(count, peak() - first)
+print(count, peak() - before)
 """
 
 
@@ -267,7 +269,7 @@ def test_an_array_of_60_mb_is_streamed(tmp_path, layout):
     assert growth < 30 * 1024  # KiB; about 7 MiB
 
 
-# The hub
+# ---- the hub
 
 READ = """
 import sys
@@ -280,8 +282,8 @@ for name in sys.argv[1:]:
 """
 
 
-def ask(hub, *names, **env):
-    """What a fresh process reads from the hub: huggingface_hub takes its settings at import."""
+def read_from_hub(hub, *names, **env):
+    """The lines that a new process prints: huggingface_hub reads its environment variables at import."""
     done = subprocess.run(
         [sys.executable, "-c", READ, *names],
         cwd=ROOT,
@@ -307,30 +309,38 @@ def test_hub_datasets(hub_server):
         "hf://datasets/owner/name@refs/pr/1/train.jsonl",
         "hf://datasets/owner/name@refs%2Fpr%2F1/train.jsonl",
     ]
-    assert ask(hub_server, *names) == ["['main']", "['sub']", "['v1.0']", "['pr']", "['pr']"]
+    assert read_from_hub(hub_server, *names) == ["['main']", "['sub']", "['v1.0']", "['pr']", "['pr']"]
     assert hub_server.requests[:2] == [
         "HEAD /datasets/owner/name/resolve/main/train.jsonl",
         "GET /datasets/owner/name/resolve/main/train.jsonl",
     ]
 
     hub_server.requests.clear()
-    assert ask(hub_server, *names, HF_HUB_OFFLINE="1") == ["['main']", "['sub']", "['v1.0']", "['pr']", "['pr']"]
+    assert read_from_hub(hub_server, *names, HF_HUB_OFFLINE="1") == [
+        "['main']",
+        "['sub']",
+        "['v1.0']",
+        "['pr']",
+        "['pr']",
+    ]
     assert hub_server.requests == []
 
 
-def test_hub_datasets_that_are_not_there(hub_server):
+def test_missing_hub_datasets(hub_server):
     write(hub_server.root / "datasets" / "owner" / "name" / "train.jsonl", '{"text": "main"}\n')
     write(hub_server.root / "owner" / "model" / "train.jsonl", '{"text": "a model, not a dataset"}\n')
-    form = "expected hf://datasets/OWNER/NAME/FILE, or hf://datasets/OWNER/NAME@REVISION/FILE"
-    answers = {
+    expected = "expected hf://datasets/OWNER/NAME/FILE, or hf://datasets/OWNER/NAME@REVISION/FILE"
+    messages = {
         "hf://datasets/owner/name/no.jsonl": "the dataset owner/name has no such file at main",
-        "hf://datasets/owner/name": form,
-        "hf://owner/model/train.jsonl": form,
+        "hf://datasets/owner/name": expected,
+        "hf://owner/model/train.jsonl": expected,
     }
-    assert ask(hub_server, *answers) == [f"FileNotFoundError {name}: {why}" for name, why in answers.items()]
-    for name, place in {
+    assert read_from_hub(hub_server, *messages) == [
+        f"FileNotFoundError {n}: {message}" for n, message in messages.items()
+    ]
+    for name, beginning in {
         "hf://datasets/owner/model/train.jsonl": "owner/model: ",
         "hf://datasets/owner/name@v9/train.jsonl": "owner/name: ",
     }.items():
-        (answer,) = ask(hub_server, name)  # the rest of the sentence is minigpt.files'
-        assert answer.startswith(f"FileNotFoundError {place}")
+        (line,) = read_from_hub(hub_server, name)  # the rest of the message comes from minigpt.hub
+        assert line.startswith(f"FileNotFoundError {beginning}")
