@@ -227,7 +227,7 @@ def test_an_unwritable_cache_is_an_error_that_names_the_flag(tmp_path):
 def test_cache_miss_for_another_version(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "data.jsonl", ROWS)
     first = build(path, cache).folder
-    for name in ("__version__", "FORMAT"):
+    for name in ("KEY_VERSION", "FORMAT"):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, "other")
             assert build(path, cache).folder != first
