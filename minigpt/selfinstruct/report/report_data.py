@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from minigpt.data.read.streams import read_values
 from minigpt.selfinstruct.report.figures import Bars, Histogram, Ring
 from minigpt.selfinstruct.report.verb_noun import VerbNoun, verb_noun
-from minigpt.selfinstruct.run_files import OR_ELSE, REQUESTS, SEED_TASKS, STATISTICS, TASKS, Statistics
+from minigpt.selfinstruct.run_files import OR_OTHER_FOLDER, REQUESTS, SEED_TASKS, STATISTICS, TASKS, Statistics
 from minigpt.selfinstruct.tasks import Task, read_seed_tasks
 
 VERBS, NOUNS = 20, 4  # of the sunburst
@@ -90,7 +90,7 @@ def _lines(path: Path, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _get(source: str, line: dict[str, Any], key: str) -> Any:
     if key not in line:
-        raise ValueError(f"{source}: {json.dumps(key)} is missing (put back what was there, {OR_ELSE})")
+        raise ValueError(f"{source}: {json.dumps(key)} is missing (put back what was there, {OR_OTHER_FOLDER})")
     return line[key]
 
 
