@@ -107,10 +107,8 @@ def test_greedy_decoding_ignores_the_seed(local, tokenizer):
         ({"stop_words": ["a", ""]}, "--stop_words: an empty string"),
         ({"max_length": 0}, "--max_length must be at least 1"),
         ({"request_batch_size": 0}, "--request_batch_size must be at least 1"),
-        (
-            {"temperature": math.inf},
-            "--temperature must be at least 0 and finite, got inf",
-        ),  # used to fail in the model
+        # used to fail in the model
+        ({"temperature": math.inf}, "--temperature must be at least 0 and finite, got inf"),
         ({"repetition_penalty": math.inf}, "--repetition_penalty must be above 0 and finite, got inf"),
     ],
 )

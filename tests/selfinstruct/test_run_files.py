@@ -228,18 +228,18 @@ def test_added_lines_are_an_error_and_are_kept(tmp_path, edit, line):
 
 @pytest.mark.parametrize("name", [TASKS, "requests.jsonl"])
 def test_uncommitted_lines_are_moved_to_a_cut_file(tmp_path, uninterrupted_run, name, capsys):
-    """A user's last line without closing brace and line feed looks like an incomplete line of ours, and was deleted."""
+    """A user's last line without brace and line feed looks like an incomplete line of a run, and was deleted."""
     bootstrap(tmp_path, num_instructions_to_generate=5)
     path, cut_file = tmp_path / name, tmp_path / f"{name}.cut"
     committed = len(path.read_bytes().splitlines())
     end = 8  # of the first round, which the target ended early
-    ours = "".join(json.dumps({"request_idx": idx}) + "\n" for idx in (end - 2, end - 1))
+    uncommitted = "".join(json.dumps({"request_idx": idx}) + "\n" for idx in (end - 2, end - 1))
     incomplete, user_line = '{"instruction": "Name ', '{"instruction": "Name my cat.", "output": "Mia."'
-    for added in (ours + incomplete, "\n", user_line):
+    for added in (uncommitted + incomplete, "\n", user_line):
         with path.open("a") as file:
             file.write(added)
         bootstrap(tmp_path, num_instructions_to_generate=5)
-    assert cut_file.read_text() == f"{ours}{incomplete}\n{user_line}\n"
+    assert cut_file.read_text() == f"{uncommitted}{incomplete}\n{user_line}\n"
     message = f"{path}: lines of an interrupted round after line {committed} are moved to {name}.cut"
     assert capsys.readouterr().out.splitlines().count(message) == 2
     with path.open("a") as file:

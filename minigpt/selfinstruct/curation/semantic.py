@@ -94,7 +94,7 @@ def consistent(
     for index, entry in enumerate(entries):
         others = [shot for shot in shots if shot.instruction != entry.instruction][:num_shots]
         task = Task(entry.instruction, entry.input, entry.output)
-        render = partial(backwards, task=task, task_format=task_format)
+        render = partial(reconstruction_prompt, task=task, task_format=task_format)
         if fitted := fit_shots(generator, render, others, max_new_tokens):
             prompts[index] = fitted[1]
     greedy = GeneratorArguments(max_length=max_new_tokens, request_batch_size=batch_size, temperature=0.0)
@@ -121,7 +121,7 @@ def consistent(
     return curated
 
 
-def backwards(shots: Sequence[Task], task: Task, task_format: TaskFormat) -> str:
+def reconstruction_prompt(shots: Sequence[Task], task: Task, task_format: TaskFormat) -> str:
     """The prompt for reconstructing a task's instruction. For the shot ("Add.", "1 2", "3") and the output "Paris.":
 
         Tasks written backwards: first what came out, then the instruction that asked for it.

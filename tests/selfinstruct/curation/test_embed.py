@@ -34,9 +34,8 @@ def test_the_first_index_wins_on_ties():
 
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9, 1.0])
 def test_chunks_equal_a_double_loop(threshold):
-    vectors = np.random.default_rng(1).normal(
-        size=(1100, 6)
-    )  # 4 chunks and a partial one; at 0.3 few are kept, at 1 all
+    # 4 chunks and a partial one; at 0.3 few are kept, at 1 all
+    vectors = np.random.default_rng(1).normal(size=(1100, 6))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     kept, expected = [], []
     for index, vector in enumerate(vectors):

@@ -6,7 +6,7 @@ import torch
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.model.gpt2 import GPT, GPTConfig
-from minigpt.selfinstruct.curation.semantic import backwards, consistent, unique
+from minigpt.selfinstruct.curation.semantic import consistent, reconstruction_prompt, unique
 from minigpt.selfinstruct.generators import Completion, LocalGenerator
 from minigpt.selfinstruct.request import TaskFormat
 from minigpt.selfinstruct.tasks import Task
@@ -104,14 +104,14 @@ def run_consistent(path, generator, **changes):
 
 def test_the_docstring_prompt():
     prompt_task = Task("What is the capital of France?", "", "Paris.")
-    text = backwards(SEEDS[:1], prompt_task, FORMAT)
-    documented = backwards.__doc__.partition("\n\n")[2].rpartition("\n\n")[0]
+    text = reconstruction_prompt(SEEDS[:1], prompt_task, FORMAT)
+    documented = reconstruction_prompt.__doc__.partition("\n\n")[2].rpartition("\n\n")[0]
     assert text.splitlines() == [line.removeprefix("        ") for line in documented.splitlines()]
     assert text.endswith("\n2. Instruction:")
 
 
 def test_the_prompt_with_custom_trigger_words_and_a_multi_line_instruction():
-    text = backwards([SEEDS[2]], Task("", "x\ny", "z"), TaskFormat("iio", "Request", "Given", "Answer"))
+    text = reconstruction_prompt([SEEDS[2]], Task("", "x\ny", "z"), TaskFormat("iio", "Request", "Given", "Answer"))
     assert text.partition("###\n")[2] == (
         "1. Given:\ncat\n1. Answer:\nchat\n1. Request: Translate into French.\n"
         "###\n2. Given:\nx\ny\n2. Answer:\nz\n2. Request:"

@@ -153,9 +153,8 @@ def test_the_numbers_match_the_files(tmp_path):
     assert [round(sum(chart.bars), 6) for chart in length_histograms(run)] == [100, 100, 100]
     chart = similarity_histogram(run)
     assert (sum(chart.bars), sum(chart.above)) == (3000, counts["rejected"]["novelty"])
-    assert (
-        sum(chart.bars[12:]) == sum(chart.above[:14]) == 0
-    )  # here kept tasks score below 0.6, dropped ones at least 0.7
+    # here kept tasks score below 0.6, dropped ones at least 0.7
+    assert sum(chart.bars[12:]) == sum(chart.above[:14]) == 0
     assert verdict_bars(run).counts == [("kept", 3000), *counts["rejected"].items()]
 
 
