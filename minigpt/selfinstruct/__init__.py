@@ -1,4 +1,4 @@
-"""Model in, dataset out: instruction data that a model writes itself."""
+"""Self-Instruct: generates an instruction dataset with a model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["Novelty", "NoveltyFilter"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when first asked for, so that a script's `--help` need not wait for numpy."""
+    """Imports novelty.py lazily, so that a script's `--help` does not import numpy."""
     if name not in __all__:
         raise AttributeError(f"module 'minigpt.selfinstruct' has no attribute {name!r}")
     from minigpt.selfinstruct import novelty

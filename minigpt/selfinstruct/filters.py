@@ -1,4 +1,4 @@
-"""Filters 1 to 6: what is dropped before its novelty is measured.
+"""Filters 1 to 6: rules that drop a task before its novelty is scored.
 
 The rules are those of Self-Instruct's bootstrap_instructions.py (length, banned words, "Write a program", first
 character) and prepare_for_finetuning.py (input equals output, empty output); Stanford Alpaca's
@@ -12,20 +12,20 @@ from collections.abc import Iterable
 from minigpt.selfinstruct.tasks import Task
 
 NAMES = ("length", "banned_word", "programming", "punctuation", "language", "output", "novelty")
-"""Every filter in the order they are asked, novelty (novelty.py) last. A task counts for the first that drops it."""
+"""All filters in the order they run; novelty (novelty.py) is last. A task is counted for the first that drops it."""
 
 BANNED_WORDS = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot"),
     *("go to", "video", "audio", "music", "flowchart", "diagram"),
 )
-"""What a text model cannot look at, or make."""
+"""Things that a text model can neither see nor produce."""
 
 _PROGRAMMING = ("write a program", "write a function")
-_UNSPACED = {"zh", "ja", "th", "lo", "km", "my"}  # written without blanks between words
+_UNSPACED = {"zh", "ja", "th", "lo", "km", "my"}  # written without spaces between words
 
 
 class Filters:
-    """Filters 1 to 6, asked in order.
+    """Runs filters 1 to 6 in order.
 
     >>> Filters().reject(Task("Write a program that sorts.", output="sorted(x)"))
     'programming'
@@ -36,27 +36,27 @@ class Filters:
     ):
         """
         Args:
-            banned_words: words that must not occur whole in an instruction, in any case; "go to" is two words with any
-                blanks between them. None: no ban.
-            keep_programming: "Write a program" and "Write a function" stay.
-            language: ISO 639 code of the instructions. In any but English the first character need not be ASCII. In
-                one that is written without blanks between words, length is counted in characters and a banned word
-                is found anywhere, as BELLE does for Chinese.
+            banned_words: matched as whole words, case-insensitively; "go to" matches with any white space between its
+                words. Empty: nothing is banned.
+            keep_programming: accept "Write a program" and "Write a function".
+            language: ISO 639 code of the instructions. For any but English the first character may be non-ASCII. For
+                languages written without spaces between words, length is counted in characters and a banned word
+                matches anywhere, as BELLE does for Chinese.
         """
         self.keep_programming = keep_programming
-        self.is_english = _is(language, {"en"})
-        self.is_spaced = not _is(language, _UNSPACED)
+        self.is_english = _is_language(language, {"en"})
+        self.is_spaced = not _is_language(language, _UNSPACED)
         banned = "|".join(r"\s+".join(map(re.escape, word.split())) for word in banned_words if word.strip())
         around = r"(?<!\w)(?:{})(?!\w)" if self.is_spaced else "{}"
         self.banned = re.compile(around.format(banned), re.IGNORECASE) if banned else None
 
     def length(self, instruction: str) -> int:
-        """Its words; its characters where no blanks stand between words."""
+        """Number of words; of characters if the language has no spaces between words."""
         words = instruction.split()
         return len(words) if self.is_spaced else len("".join(words))
 
     def reject(self, task: Task) -> str | None:
-        """The name of the first filter that drops the task; None where it passes all six."""
+        """The name of the first filter that drops the task; None if it passes all six."""
         instruction = " ".join(task.instruction.split())
         if not 3 < self.length(instruction) <= 150:
             return "length"
@@ -73,6 +73,6 @@ class Filters:
         return None
 
 
-def _is(language: str, codes: set[str]) -> bool:
-    """Whether a code such as `zh` or `zh-Hant` is one of these languages."""
+def _is_language(language: str, codes: set[str]) -> bool:
+    """Whether a language code such as `zh` or `zh-Hant` is one of `codes`."""
     return re.split("[-_]", language.lower())[0] in codes

@@ -1,8 +1,8 @@
-"""Where completions come from: a model in this process, or in one process for each GPU. endpoint.py asks a server.
+"""Generators of completions: a local model, in one process or one per GPU. endpoint.py is the one for a server.
 
-All generators keep one promise: `complete(prompts, how)`, `count(text)` and `context`. What a prompt gets depends on
-its seed alone, and so neither on its neighbours nor on the number of processes; on a GPU, or with weights that are not
-packed, up to rounding, for there the size of a batch changes the last bits.
+All generators implement `complete(prompts, params)`, `count(text)` and `context`. A completion depends only on its
+prompt and seed, not on the rest of the batch or the number of processes. On a GPU, or with unpacked weights, this holds
+only up to rounding, because the batch size changes the last bits.
 """
 
 import math
@@ -14,71 +14,70 @@ from minigpt.distributed import all_or_none, rank, start_process_group, world_si
 from minigpt.selfinstruct.tasks import Task
 from minigpt.settings.groups import check_range
 
-if TYPE_CHECKING:  # it brings tiktoken, and --help need not wait for it
+if TYPE_CHECKING:  # importing it imports tiktoken, which would slow down --help
     from minigpt.data.tokenizer import Tokenizer
 
 
-class Prompt(NamedTuple):
-    """What a model is to continue."""
+class SeededPrompt(NamedTuple):
+    """A text to continue, and the seed for sampling its completion."""
 
     text: str
     seed: int
-    """Fixes the draws."""
 
 
 class Completion(NamedTuple):
-    """What a model went on with."""
+    """A generated continuation of a prompt."""
 
     text: str
     finished: bool
-    """The model ended it, with end-of-text or a stop string (which is cut off), and not the lack of room."""
+    """Ended by end-of-text or a stop string (neither is part of the text); False if truncated at the token limit."""
 
 
-OnArrival = Callable[[int, list[Completion]], None]
+OnCompletion = Callable[[int, list[Completion]], None]
 
 
 class Generator(Protocol):
-    """Anything that continues prompts."""
+    """Generates completions of prompts."""
 
     context: int
-    """The most tokens of a prompt and its completion together."""
+    """Maximum number of tokens in a prompt and its completion together."""
 
     def count(self, text: str) -> int:
-        """The tokens of a text, or a safe guess."""
+        """Number of tokens in a text, or an upper bound."""
 
     def complete(
-        self, prompts: Sequence[Prompt], how: "How", on_arrival: OnArrival | None = None
+        self, prompts: Sequence[SeededPrompt], params: "SamplingParams", on_completion: OnCompletion | None = None
     ) -> list[list[Completion]]:
-        """Continues each prompt, `num_return_sequences` times.
+        """Generates `num_return_sequences` completions of each prompt.
 
         Args:
-            on_arrival: called with the place of a prompt and its completions, as soon as they have come from afar.
-                What a local model does it can do again, so it tells nothing.
+            on_completion: called with a prompt's index and its completions as soon as a server returns them, so that
+                they can be saved. Local models never call it, because they can regenerate the same completions.
         """
 
 
 @dataclass
 class GeneratorArguments:
-    """How the model is asked."""
+    """Settings of generation."""
 
     max_length: int = 512
-    """Longest completion in new tokens. Shots take the rest of the model's context."""
+    """Maximum new tokens per completion. The rest of the model's context is for the prompt."""
     request_batch_size: int = 5
-    """Requests that run together; four times as many are a round, whose shots are drawn before it starts."""
+    """Requests per batch. A round is four batches; its shots are sampled before it starts."""
     temperature: float | None = None
-    """0 takes the likeliest token each time; more is livelier. Unset: 1, and 0 for a beam search."""
+    """Sampling temperature; 0 is greedy. Unset: 1, and 0 for beam search."""
     top_p: float = 1.0
-    """Draw from the fewest likeliest tokens that together reach this probability."""
+    """Nucleus sampling: sample from the smallest set of likeliest tokens with at least this total probability."""
     num_beams: int = 1
-    """Above 1: beam search with that many beams, which draws nothing."""
+    """Above 1: beam search with this many beams, without sampling."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that were there before become less likely."""
+    """Above 1: tokens that already occurred become less likely."""
     num_return_sequences: int = 1
-    """Completions of each request."""
+    """Completions per request."""
     stop_words: list[str] = field(default_factory=list)
-    """Further strings that end a completion."""
+    """Additional strings that end a completion."""
     seed: int = 42
-    """Fixes shots and draws."""
+    """Seed for choosing shots and for sampling."""
 
     def __post_init__(self) -> None:
         if self.temperature is None:
@@ -90,28 +89,28 @@ class GeneratorArguments:
         check_range(self, "above 0 and finite", lambda x: 0 < x < math.inf, "repetition_penalty")
         check_range(self, "at least 0 and below 2^63", lambda x: 0 <= x < 2**63, "seed")
         if self.num_beams > 1 and self.temperature:
-            raise ValueError(f"--num_beams {self.num_beams} searches, it does not draw: --temperature must be 0")
+            raise ValueError(f"--num_beams {self.num_beams}: beam search does not sample, so --temperature must be 0")
         if 1 < self.num_beams < self.num_return_sequences:
             raise ValueError(f"--num_return_sequences {self.num_return_sequences} is more than --num_beams")
         if self.num_beams == 1 < self.num_return_sequences and not self.temperature:
-            raise ValueError("--num_return_sequences above 1 would be alike at --temperature 0")
+            raise ValueError("--num_return_sequences above 1 would return identical completions at --temperature 0")
         if "" in self.stop_words:
-            raise ValueError("--stop_words: an empty string would end every completion before it begins")
+            raise ValueError("--stop_words: an empty string would end every completion at once")
 
 
-class How(NamedTuple):
-    """A way to continue prompts."""
+class SamplingParams(NamedTuple):
+    """Settings of generation, and stop strings."""
 
     settings: GeneratorArguments
     stop: tuple[str, ...] = ()
-    """Strings that end a completion, besides end-of-text."""
+    """Strings that end a completion, in addition to end-of-text."""
 
 
 class LocalGenerator:
     """A model in this process."""
 
     def __init__(self, model: Any, tokenizer: "Tokenizer"):
-        """`model`: a CausalLM in eval mode, on any device; on a CPU, as `inference.fast.for_generation` packs it."""
+        """`model`: a CausalLM in eval mode, on any device; on a CPU, packed by `inference.packed.for_generation`."""
         self.model, self.tokenizer = model, tokenizer
         self.context: int = model.config.context
 
@@ -119,12 +118,12 @@ class LocalGenerator:
         return len(self.tokenizer.encode(text))
 
     def complete(
-        self, prompts: Sequence[Prompt], how: How, on_arrival: OnArrival | None = None
+        self, prompts: Sequence[SeededPrompt], params: SamplingParams, on_completion: OnCompletion | None = None
     ) -> list[list[Completion]]:
-        """Raises ValueError where a prompt is empty or fills the context."""
+        """Raises ValueError if a prompt is empty or fills the context."""
         from minigpt.inference.generate import generate
 
-        settings, stop = how
+        settings, stop = params
         eot = self.tokenizer.eot_id
         assert settings.temperature is not None
         sequences = generate(
@@ -142,28 +141,29 @@ class LocalGenerator:
             seed=[prompt.seed for prompt in prompts],
             batch_size=settings.request_batch_size * max(settings.num_return_sequences, settings.num_beams),
         )
-        found = []
+        completions = []
         for ids in sequences:
-            ended = ids[-1:] == [eot]
-            found.append(cut(self.tokenizer.decode(ids[:-1] if ended else ids), ended, stop))
+            finished = ids[-1:] == [eot]
+            text = self.tokenizer.decode(ids[:-1] if finished else ids)
+            completions.append(truncate_at_stop(text, finished, stop))
         n = settings.num_return_sequences
-        return [found[start : start + n] for start in range(0, len(found), n)]
+        return [completions[start : start + n] for start in range(0, len(completions), n)]
 
 
-def cut(text: str, finished: bool, stop: Sequence[str]) -> Completion:
-    """A completion without the first stop string in it and what follows.
+def truncate_at_stop(text: str, finished: bool, stop: Sequence[str]) -> Completion:
+    """Truncates a completion before the first stop string that occurs in it.
 
-    >>> cut("4 apples\\n###\\n10. Instr", False, ["\\n###\\n10."])
+    >>> truncate_at_stop("4 apples\\n###\\n10. Instr", False, ["\\n###\\n10."])
     Completion(text='4 apples', finished=True)
     """
-    ends = [place for place in map(text.find, stop) if place >= 0]
+    ends = [index for index in map(text.find, stop) if index >= 0]
     return Completion(text[: min(ends)], True) if ends else Completion(text, finished)
 
 
 def fit_shots(
     generator: Generator, render: Callable[[Sequence[Task]], str], shots: Sequence[Task], max_new_tokens: int
 ) -> tuple[list[Task], str] | None:
-    """As many shots, from the first, as leave room for a completion, and the prompt; None where not one does."""
+    """The longest prefix of the shots whose prompt fits the context with `max_new_tokens`, and the prompt; or None."""
     for count in range(len(shots), 0, -1):
         prompt = render(shots[:count])
         if generator.count(prompt) + max_new_tokens <= generator.context:
@@ -172,9 +172,9 @@ def fit_shots(
 
 
 class Ranks:
-    """The same generator on every rank, as one: rank r completes the prompts r, r + W, ...
+    """Data-parallel generation: every rank holds the model, and rank r of W completes the prompts r, r + W, ...
 
-    Rank 0 asks; the others `help` until it closes.
+    Rank 0 calls `complete`; the other ranks run `help` until rank 0 calls `close`.
     """
 
     def __init__(self, generator: LocalGenerator):
@@ -183,43 +183,44 @@ class Ranks:
         start_process_group(generator.model.device.type)
 
     def complete(
-        self, prompts: Sequence[Prompt], how: How, on_arrival: OnArrival | None = None
+        self, prompts: Sequence[SeededPrompt], params: SamplingParams, on_completion: OnCompletion | None = None
     ) -> list[list[Completion]]:
-        self._from_rank_0((prompts, how))
-        parts = self._share(prompts, how)
-        assert parts is not None
-        return [parts[place % len(parts)][place // len(parts)] for place in range(len(prompts))]
+        self._broadcast((prompts, params))
+        shards = self._complete_shard(prompts, params)
+        assert shards is not None
+        return [shards[index % len(shards)][index // len(shards)] for index in range(len(prompts))]
 
     def help(self) -> None:
-        """Does this rank's share until rank 0 closes."""
-        while (work := self._from_rank_0(None)) is not None:
-            self._share(*work)
-        self._leave()
+        """Completes this rank's shard of every call, until rank 0 closes."""
+        while (request := self._broadcast(None)) is not None:
+            self._complete_shard(*request)
+        self._destroy_process_group()
 
     def close(self) -> None:
-        """Lets the other ranks go."""
-        self._from_rank_0(None)
-        self._leave()
+        """Ends `help` on the other ranks."""
+        self._broadcast(None)
+        self._destroy_process_group()
 
-    def _from_rank_0(self, work: Any) -> Any:
+    def _broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
         from torch import distributed
 
-        box = [work]
-        distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
-    def _share(self, prompts: Sequence[Prompt], how: How) -> list[Any] | None:
-        """All ranks' completions, on rank 0."""
+    def _complete_shard(self, prompts: Sequence[SeededPrompt], params: SamplingParams) -> list[Any] | None:
+        """Completes this rank's shard. Returns the shards of all ranks on rank 0, None on the others."""
         from torch import distributed
 
         with all_or_none():
-            found = self.generator.complete(prompts[rank() :: world_size()], how)
-        parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
-        distributed.gather_object(found, parts, dst=0)
-        return parts
+            completions = self.generator.complete(prompts[rank() :: world_size()], params)
+        shards: list[Any] | None = [None] * world_size() if rank() == 0 else None
+        distributed.gather_object(completions, shards, dst=0)
+        return shards
 
     @staticmethod
-    def _leave() -> None:
+    def _destroy_process_group() -> None:
         from torch import distributed
 
         distributed.destroy_process_group()

@@ -1,8 +1,9 @@
-"""The novelty filter of Self-Instruct (Wang et al. 2022, https://arxiv.org/abs/2212.10560): is an instruction new?
+"""The novelty filter of Self-Instruct (Wang et al. 2022, https://arxiv.org/abs/2212.10560).
 
-ROUGE-L (Lin 2004) against everything in the pool, to the last bit what `RougeScorer(["rougeL"])` of rouge_score says.
-That package fills a table for each pair; here one pass over the candidate's tokens moves all instructions of the pool
-along together, 64 table cells to a machine word, and each token touches only the instructions that hold it.
+Scores a candidate by ROUGE-L (Lin 2004) against every instruction in the pool, bit-equal to rouge_score's
+`RougeScorer(["rougeL"])`. That package fills one table of longest common subsequences (LCS) per pair. Here one pass
+over the candidate's tokens updates the tables of the whole pool, bit-parallel (64 table cells per uint64), and an
+inverted index limits each token's update to the instructions that contain it.
 """
 
 import re
@@ -17,8 +18,8 @@ from rouge_score.tokenize import tokenize
 
 NEIGHBOURS = 10
 ONES = 2**64 - 1
-TINY = 2.0**-1022  # a divisor above 0 where nothing is in common
-# Scripts that write no blank between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese.
+TINY = 2.0**-1022  # smallest normal float64: avoids 0/0 if no token is in common
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese.
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -26,14 +27,14 @@ _UNSPACED = re.compile(
 
 
 def rouge_words(text: str) -> list[str]:
-    """The tokens of rouge_score: runs of a-z and 0-9, in lower case. `"Wer hört zu?"` is `["wer", "h", "rt", "zu"]`."""
+    """rouge_score's tokens: runs of a-z and 0-9, lowercased. `"Wer hört zu?"` is `["wer", "h", "rt", "zu"]`."""
     return tokenize(text, None)
 
 
 def unicode_words(text: str) -> list[str]:
-    """Tokens for any script: letters, marks and digits that stand together; for ASCII, those of `rouge_words`.
+    """Tokens for any script: runs of letters, marks and digits; on ASCII equal to `rouge_words`.
 
-    Where a script puts no blank between words, each character is a token.
+    In scripts without spaces between words each character is a token.
 
     >>> unicode_words("Wer hört zu?"), unicode_words("हिन्दी में"), unicode_words("写诗 2 首。")
     (['wer', 'hört', 'zu'], ['हिन्दी', 'में'], ['写', '诗', '2', '首'])
@@ -44,16 +45,16 @@ def unicode_words(text: str) -> list[str]:
 
 
 class Novelty(NamedTuple):
-    """What the filter says of a candidate."""
+    """The filter's result for one candidate."""
 
     accepted: bool  # score < threshold
-    score: float  # the highest ROUGE-L F-measure with any instruction of the pool; 0.0 where the pool is empty
-    average: float  # over the pool
-    neighbours: dict[str, float]  # the nearest ten, best first
+    score: float  # highest ROUGE-L F-measure with any instruction in the pool; 0.0 if the pool is empty
+    average: float  # mean F-measure over the pool
+    neighbours: dict[str, float]  # text -> F-measure of the nearest ten, best first
 
 
 class NoveltyFilter:
-    """A pool of instructions, and how near a candidate comes to them.
+    """A pool of instructions that candidates are compared with.
 
     >>> pool = NoveltyFilter(threshold=0.7)
     >>> pool.add("Write a poem about a cat.")
@@ -64,27 +65,27 @@ class NoveltyFilter:
 
     Four tokens in common, of 4 and of 6: precision 4/6, recall 4/4, F-measure 0.8.
 
-    All numbers are rouge_score's own, rounding included, and the verdict compares them as they are. So of the pairs
-    whose F-measure is 7/10 on paper nearly all come out at 0.7 or just above and are dropped at the threshold 0.7; a
-    few (21 in common of 23 and 37) come out at 0.6999999999999998 and stay. A text without any token scores 0.
+    All scores equal rouge_score's, rounding included, and are compared with the threshold unrounded. So most pairs
+    whose exact F-measure is 7/10 compute to 0.7 or just above and are dropped at the threshold 0.7; a few (21 tokens in
+    common, of 23 and 37) compute to 0.6999999999999998 and are accepted. A text without tokens scores 0.
     """
 
     def __init__(self, threshold: float = 0.7, tokenizer: Callable[[str], Sequence[str]] | None = None):
         """
         Args:
-            threshold: a candidate is accepted when its score is strictly below.
-            tokenizer: text to tokens. Default: `rouge_words`, which sees no letters but a-z; `unicode_words` is for
-                other scripts.
+            threshold: a candidate is accepted if its score is strictly below.
+            tokenizer: text to tokens. Default: `rouge_words`, which ignores all letters but a-z; use
+                `unicode_words` for other scripts.
         """
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
         self.threshold = threshold
         self.tokenizer = tokenizer or rouge_words
-        np.empty(2**21)  # 16 MiB, freed untouched: glibc then keeps what numpy frees, else each check faults it in anew
+        np.empty(2**21)  # 16 MiB freed at once: raises glibc's mmap threshold, or every check page-faults its arrays
         self._texts: list[str] = []
-        self._different: set[str] = set()
-        self._lengths = array("d")  # in tokens; 1 where there is none, as good as any where nothing is in common
-        self._starts = array("q")  # the row of each instruction's first word of 64 tokens
+        self._unique_texts: set[str] = set()
+        self._lengths = array("d")  # in tokens; 1 for an empty text, to avoid 0/0 (its score is 0 anyway)
+        self._starts = array("q")  # row of each instruction's first uint64 word (64 tokens)
         self._rows = 0
         self._postings: dict[str, _Posting] = {}
 
@@ -92,7 +93,7 @@ class NoveltyFilter:
         return len(self._texts)
 
     def add(self, text: str) -> None:
-        """Puts an instruction into the pool, whatever is there; added twice, it counts twice in the average."""
+        """Adds an instruction, duplicates included: a text added twice counts twice in the average."""
         tokens = self.tokenizer(text)
         words = max(1, -(-len(tokens) // 64))
         masks: dict[str, int] = {}
@@ -104,12 +105,12 @@ class NoveltyFilter:
         self._rows += words
         self._lengths.append(max(len(tokens), 1))
         self._texts.append(text)
-        self._different.add(text)
+        self._unique_texts.add(text)
 
     def check(self, text: str) -> Novelty:
-        """The verdict, the average and the ten nearest texts.
+        """Returns the verdict, the average and the ten nearest texts.
 
-        Of texts with the same score the one added first comes first; a text that was added twice is one neighbour.
+        Ties are ordered by when the text was added; a text added twice is listed once.
         """
         scores = self._scores(text)
         if not len(scores):
@@ -118,11 +119,11 @@ class NoveltyFilter:
         return Novelty(highest < self.threshold, highest, float(np.mean(scores)), self._nearest(scores))
 
     def highest(self, text: str) -> float:
-        """The score alone, for where only the verdict is wanted: `check(text).score`."""
+        """`check(text).score` without the neighbours, which is cheaper."""
         return float(self._scores(text).max(initial=0.0))
 
     def _scores(self, text: str) -> np.ndarray:
-        """(pool,) F-measures, by rouge_score's operations in their order."""
+        """(pool,) F-measures, computed with rouge_score's operations in the same order, so that rounding is equal."""
         if not self._texts:
             return np.zeros(0)
         tokens = self.tokenizer(text)
@@ -137,18 +138,18 @@ class NoveltyFilter:
         return 2 * precision * recall / np.maximum(precision + recall, TINY)
 
     def _nearest(self, scores: np.ndarray) -> dict[str, float]:
-        count = min(NEIGHBOURS + len(self._texts) - len(self._different), len(scores))
-        nearest = np.flatnonzero(scores >= np.partition(scores, -count)[-count])  # all that tie for the last place too
+        count = min(NEIGHBOURS + len(self._texts) - len(self._unique_texts), len(scores))
+        nearest = np.flatnonzero(scores >= np.partition(scores, -count)[-count])  # includes ties for the last place
         nearest = nearest[np.argsort(-scores[nearest], kind="stable")][:count]
-        found = {self._texts[place]: score for place, score in zip(nearest.tolist(), scores[nearest].tolist())}
-        return dict(islice(found.items(), NEIGHBOURS))
+        neighbours = {self._texts[index]: score for index, score in zip(nearest.tolist(), scores[nearest].tolist())}
+        return dict(islice(neighbours.items(), NEIGHBOURS))
 
 
 class _Posting:
-    """Where a token stands: a row for each word of 64 tokens of each instruction that holds it.
+    """A token's entry in the inverted index: the rows (words of 64 tokens) of the instructions that contain it.
 
-    Bit j of a row's mask says that token j of the word is this one. `later[k]` are the entries that are word k + 1 of
-    their instruction: what leaves the word before is carried into them. What is added goes to the ends of the arrays.
+    Bit j of a row's mask is set if token j of the word is this token. `later[k]` are the indices of the entries that
+    are word k + 1 of their instruction: the carry out of word k is added to them. All arrays are only appended to.
     """
 
     def __init__(self) -> None:
@@ -166,47 +167,47 @@ class _Posting:
 
 
 def advance(state: np.ndarray, mask: np.ndarray, later: Sequence[np.ndarray] = ()) -> np.ndarray:
-    """One token of the candidate, in many instructions at once: one row of the table of common subsequences.
+    """Updates the LCS tables of many instructions by one token of the candidate.
 
-    The table's row for an instruction grows by 0 or 1 from token to token, so a bit for each says it all: bit j of
-    the state is 0 where the first j + 1 tokens have one more in common with the candidate, so far, than the first j.
-    At first nothing is in common, and all bits are 1; in the end the zeros are the length of the common subsequence.
-    A token moves the state V on by its mask M (Hyyrö 2004, after Allison and Dix 1986 and Crochemore et al. 2001):
+    A row of the table grows by 0 or 1 from one instruction token to the next, so one bit per token encodes it: bit j of
+    the state is 0 if the LCS with the instruction's first j + 1 tokens is one longer than with its first j. All bits
+    start as 1 (nothing in common); the number of zeros at the end is the LCS length. A token with mask M updates the
+    state V to (Hyyrö 2004, after Allison and Dix 1986 and Crochemore et al. 2001):
 
         H = V & M
         V = (V + H) | (V - H)
 
-    The zeros cut the state into blocks. In each the sum carries the lowest hit up to the zero that ends the block, so
-    that the zero moves down to the hit. The block on top ends in no zero: there the carry leaves the word, and the hit
-    is a new zero. The instruction `write a poem about a cat`, its first token on the right, and the candidate `write
-    about a cat`:
+    The zeros split the state into blocks. In each block the sum carries the lowest hit up to the zero that ends the
+    block, which moves that zero down to the hit. The top block has no zero at its end: its carry leaves the word, and
+    the hit becomes a new zero. Example: the instruction `write a poem about a cat` (first token rightmost) and the
+    candidate `write about a cat`:
 
         token   mask     V
                          111111
         write   000001   111110
         about   001000   110110
-        a       010010   101100   `write a` is in the first two tokens, `write about a` in the first five
+        a       010010   101100   LCS `write a` with the first two tokens, `write about a` with the first five
         cat     100000   001100   4 in common
 
     Args:
-        state, mask: (words,) uint64, of an instruction of more than 64 tokens one after the other. The bits above its
-            last token are 0 in every mask, and so stay 1.
-        later: the places of the second, third, ... words of instructions, for the sum to carry into.
+        state, mask: (words,) uint64; an instruction of more than 64 tokens takes several consecutive words. Bits above
+            its last token are 0 in every mask, and so stay 1 in the state.
+        later: later[k] are the indices of the words that are word k + 1 of their instruction; word k carries into them.
 
     Returns:
-        (words,) the new state.
+        (words,) uint64, the new state.
     """
     hits = state & mask
     total = state + hits
     if later:
         overflow = total < state
-        for places in later:
-            carry = overflow[places - 1]
-            total[places] += carry
-            overflow[places] |= total[places] < carry
+        for indices in later:
+            carry = overflow[indices - 1]
+            total[indices] += carry
+            overflow[indices] |= total[indices] < carry
     return total | (state - hits)
 
 
 def _view(numbers: array) -> np.ndarray:
-    """The array that is there, not a copy. It cannot grow while the view lives, so none is kept."""
+    """A numpy view without a copy. An array with a live view cannot grow, so callers must not store the view."""
     return np.frombuffer(numbers, numbers.typecode)

@@ -1,16 +1,16 @@
-"""The files of a bootstrap run, complete up to the last round that was committed.
+"""The files of a bootstrap run, committed round by round.
 
-machine_generated_instructions.jsonl   a line per kept task; sft.py --data reads it
-requests.jsonl                         a line per request: its shots, what came back, what became of each task
-statistics.json                        the counts; written last, it is what commits a round
-config.yaml, seed_tasks.jsonl          the settings and the seed pool that the run was begun with
-arrived.jsonl                          completions of a server, of a round that is under way
-*.jsonl.cut                            what a killed round left behind the end of a file
-.lock                                  held by the operating system while the run lives
+machine_generated_instructions.jsonl   one line per kept task; sft.py --data reads it
+requests.jsonl                         one line per request: shots, completions, the verdict on each task
+statistics.json                        the counts; written last, which commits the round
+config.yaml, seed_tasks.jsonl          the settings and the seed pool that the run was started with
+arrived.jsonl                          completions received from a server in the unfinished round
+*.jsonl.cut                            uncommitted lines of a killed round
+.lock                                  OS file lock, held while the run is active
 
-The first two are only appended to. What stands in them past the numbers in statistics.json is of a round that was
-killed while it was written, and the next start moves it into a file beside, NAME.cut, for it may be somebody's all the
-same. Lines that no interrupted round can have written are refused, not cut.
+The first two are append-only. Lines beyond the counts in statistics.json belong to a round that was killed while
+writing; the next start moves them to NAME.cut instead of deleting them, because a user may have added them. Lines that
+no interrupted round can have written are an error.
 """
 
 import json
@@ -30,46 +30,47 @@ from minigpt.settings.command_line import parse, save_yaml
 
 TASKS, REQUESTS, STATISTICS = "machine_generated_instructions.jsonl", "requests.jsonl", "statistics.json"
 CONFIG, SEED_TASKS, ARRIVED = "config.yaml", "seed_tasks.jsonl", "arrived.jsonl"
-OR_ELSE = "or give another --batch_dir"
-# What may change while a run goes on: how far, where, and with how much patience; of the seed tasks the content counts.
-FREE = {
+OR_OTHER_FOLDER = "or give another --batch_dir"
+# May change on resume: target, budgets, paths, device and server. Seed tasks are compared by content, not by path.
+RESUMABLE_SETTINGS = {
     *("batch_dir", "num_instructions_to_generate", "max_requests", "max_stall", "seed_tasks_path", "device"),
     *("api_base", "api_timeout", "api_retries"),
-    *("curate", "data", "eval_data", "embedding_model", "curate_threshold", "output_dir"),  # of another command
+    *("curate", "data", "eval_data", "embedding_model", "curate_threshold", "output_dir"),  # only used with --curate
 }
 
 
 @dataclass
 class Statistics:
-    """What came of all requests so far."""
+    """Counts over all requests so far."""
 
     requests: int = 0
     completions: int = 0
     tasks: int = 0
     kept: int = 0
     rejected: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NAMES, 0))
-    """Tasks by the first filter that dropped them."""
+    """Number of tasks by the first filter that dropped them."""
     ended: str | None = None
-    """What ended the run: target, max_requests or max_stall."""
+    """Why the run ended: target, max_requests or max_stall. None: not yet."""
 
     @classmethod
     def read(cls, path: Path) -> "Statistics":
-        """Those in a statistics.json; a ValueError where it holds something else."""
+        """Reads statistics.json; raises ValueError if it is damaged."""
         try:
-            found = json.loads(path.read_bytes())
-            found["rejected"] = {**dict.fromkeys(NAMES, 0), **found["rejected"]}  # a filter may be younger than the run
-            statistics = cls(**{own.name: found[own.name] for own in fields(cls)})
+            values = json.loads(path.read_bytes())
+            # A run from before a filter was added has no count for it.
+            values["rejected"] = {**dict.fromkeys(NAMES, 0), **values["rejected"]}
+            statistics = cls(**{column.name: values[column.name] for column in fields(cls)})
             counts = [statistics.requests, statistics.completions, statistics.tasks, statistics.kept]
-            sound = (
+            valid = (
                 all(type(count) is int and count >= 0 for count in (*counts, *statistics.rejected.values()))
                 and statistics.rejected.keys() == set(NAMES)
                 and statistics.ended in (None, "target", "max_requests", "max_stall")
             )
         except (ValueError, KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
+            valid = False
+        if not valid:
             raise ValueError(
-                f"{path}: damaged, for it does not hold the counts of a run (put back what was there, {OR_ELSE})"
+                f"{path}: damaged: the counts of a run are missing or invalid (restore the file, {OR_OTHER_FOLDER})"
             )
         return statistics
 
@@ -79,15 +80,16 @@ class Statistics:
 
 
 class BatchDir:
-    """A folder that this process alone writes to, see `open_batch_dir`."""
+    """The folder of a run; create it by `open_batch_dir`, which locks it for this process."""
 
     def __init__(self, folder: Path, config: Any, seed_tasks: Sequence[Task]):
-        """Begins a run, or goes on with the one that is there.
+        """Starts a run, or resumes the one in the folder.
 
         Raises:
-            ValueError: it was begun with other settings or seed tasks, or its files are damaged or were added to.
-            FileNotFoundError: one of its files is gone.
-            FileExistsError: the folder holds something else.
+            ValueError: the run was started with other settings or seed tasks, or its files are damaged or have extra
+                lines.
+            FileNotFoundError: one of its files is missing.
+            FileExistsError: the folder contains other files of these names.
         """
         self.folder = folder
         self.statistics = Statistics()
@@ -96,67 +98,66 @@ class BatchDir:
             self.statistics = Statistics.read(folder / STATISTICS)
         else:
             _check_empty(folder)
-        for name in (STATISTICS, SEED_TASKS, CONFIG, "report.html"):  # half-written by `whole_file`, and killed
-            for half_written in folder.glob(f".{name}.{'[0-9a-f]' * 32}"):
-                half_written.unlink()
-        begun = self.statistics.requests > 0 or (folder / ARRIVED).exists()
-        if begun:
-            _check_there(folder)
-            _check_same(folder, config, seeds)
+        for name in (STATISTICS, SEED_TASKS, CONFIG, "report.html"):  # temporary files of `whole_file`, left by a kill
+            for temporary in folder.glob(f".{name}.{'[0-9a-f]' * 32}"):
+                temporary.unlink()
+        is_resume = self.statistics.requests > 0 or (folder / ARRIVED).exists()
+        if is_resume:
+            _check_files_exist(folder)
+            _check_same_run(folder, config, seeds)
         else:
-            self.commit([], [])  # first of all: a folder with this file is ours
+            self.commit([], [])  # writes statistics.json first: it marks the folder as a run
             with whole_file(folder / SEED_TASKS) as path:
                 path.write_text(seeds, encoding="utf-8")
-        done = self.statistics
-        unfinished = range(done.requests, (done.requests // config.round_size + 1) * config.round_size)
-        self.kept = _read_tasks(folder / TASKS, _committed(folder / TASKS, done.kept, unfinished))
+        committed = self.statistics
+        round_end = (committed.requests // config.round_size + 1) * config.round_size
+        unfinished = range(committed.requests, round_end)
+        self.kept = _read_tasks(folder / TASKS, _committed_lines(folder / TASKS, committed.kept, unfinished))
         """The lines of machine_generated_instructions.jsonl."""
-        for _ in _committed(folder / REQUESTS, done.requests, unfinished):
+        for _ in _committed_lines(folder / REQUESTS, committed.requests, unfinished):
             pass
-        self.arrived = self._read_arrived()
-        """Completions of the round under way, by the seed that they were asked with."""
+        self.cached_completions = self._read_completion_cache()
+        """Seed of a request -> its completions; of the unfinished round only."""
         save_yaml(config, folder / CONFIG)
 
     def commit(self, tasks: Sequence[dict[str, Any]], requests: Sequence[dict[str, Any]]) -> None:
-        """Appends lines to both files, and makes them count by writing `self.statistics`."""
+        """Appends lines to both files, then commits them by writing `self.statistics`."""
         _append(self.folder / TASKS, tasks)
         _append(self.folder / REQUESTS, requests)
         values = {**asdict(self.statistics), "acceptance_rate": self.statistics.acceptance_rate}
         with whole_file(self.folder / STATISTICS) as path, path.open("w", encoding="utf-8") as file:
             file.write(json.dumps(values, indent=2) + "\n")
-            _to_disk(file)
+            _flush_to_disk(file)
 
-    def keep(self, seed: int, completions: list[Completion]) -> None:
-        """Keeps what a server answered, so that it need not be asked again."""
-        self.arrived[seed] = completions
+    def cache_completions(self, seed: int, completions: list[Completion]) -> None:
+        """Saves a server's completions, so that a resumed run does not request them again."""
+        self.cached_completions[seed] = completions
         _append(self.folder / ARRIVED, [{"seed": seed, "completions": as_json(completions)}])
 
-    def forget_arrived(self) -> None:
-        """The round is committed, and its completions with it."""
-        self.arrived.clear()
+    def clear_completion_cache(self) -> None:
+        """To be called once the round is committed: its completions are in requests.jsonl."""
+        self.cached_completions.clear()
         (self.folder / ARRIVED).unlink(missing_ok=True)
 
-    def _read_arrived(self) -> dict[int, list[Completion]]:
+    def _read_completion_cache(self) -> dict[int, list[Completion]]:
         path = self.folder / ARRIVED
         if not path.exists():
             return {}
-        whole = path.read_bytes().rpartition(b"\n")[0]
-        os.truncate(path, len(whole) + 1 if whole else 0)
-        arrived = {}
-        for number, line in enumerate(whole.splitlines(), 1):
+        complete_lines = path.read_bytes().rpartition(b"\n")[0]
+        os.truncate(path, len(complete_lines) + 1 if complete_lines else 0)
+        cache = {}
+        for number, line in enumerate(complete_lines.splitlines(), 1):
             try:
-                found = json.loads(line)
-                arrived[found["seed"]] = [Completion(**values) for values in found["completions"]]
+                entry = json.loads(line)
+                cache[entry["seed"]] = [Completion(**values) for values in entry["completions"]]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}:{number}: damaged (delete the file, and its requests are asked anew)"
-                ) from None
-        return arrived
+                raise ValueError(f"{path}:{number}: damaged (delete the file: its requests are sent again)") from None
+        return cache
 
 
 @contextmanager
 def open_batch_dir(folder: Path, config: Any, seed_tasks: Sequence[Task]) -> Iterator[BatchDir]:
-    """Claims the folder for this process. Errors: those of `BatchDir`, and FileExistsError where a run is in it."""
+    """Locks the folder for this process. Raises like `BatchDir`, and FileExistsError if another run holds the lock."""
     with writing_to(folder, "--batch_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "a+", encoding="utf-8") as lock:
@@ -169,38 +170,38 @@ def as_json(completions: Sequence[Completion]) -> list[dict[str, Any]]:
 
 
 def _check_empty(folder: Path) -> None:
-    """Refuses a folder whose files are another run's."""
+    """Raises FileExistsError if files that the run would overwrite exist without statistics.json."""
     for name in (CONFIG, TASKS, REQUESTS, SEED_TASKS, "report.html"):
         path = folder / name
         if path.exists() and path.stat().st_size:
             raise FileExistsError(
-                f"{path}: is there, but no {STATISTICS}, so it is no run of ours, or not all of one "
-                f"(put that file back, {OR_ELSE})"
+                f"{path}: exists without {STATISTICS}, so it is not from a run, or the run is incomplete "
+                f"(restore {STATISTICS}, {OR_OTHER_FOLDER})"
             )
 
 
-def _check_there(folder: Path) -> None:
+def _check_files_exist(folder: Path) -> None:
     for name in (TASKS, REQUESTS, CONFIG, SEED_TASKS):
         if not (folder / name).exists():
             raise FileNotFoundError(
-                f"{folder / name}: is gone, and a run that was begun needs it (put it back, {OR_ELSE})"
+                f"{folder / name}: missing, and needed to resume the run (restore it, {OR_OTHER_FOLDER})"
             )
 
 
-def _check_same(folder: Path, config: Any, seeds: str) -> None:
-    """Refuses to go on with what would not have come to the same."""
+def _check_same_run(folder: Path, config: Any, seeds: str) -> None:
+    """Raises ValueError if settings or seed tasks that affect the result differ from the start of the run."""
     earlier = parse(type(config), ["--config", str(folder / CONFIG)])
     changed = [
         f"--{name} {getattr(earlier, name)} (now {getattr(config, name)})"
         for name in (field.name for field in fields(config))
-        if name not in FREE and getattr(earlier, name) != getattr(config, name)
+        if name not in RESUMABLE_SETTINGS and getattr(earlier, name) != getattr(config, name)
     ]
     if changed:
-        raise ValueError(f"{folder}: was begun with {', '.join(changed)}; give that, or another --batch_dir")
+        raise ValueError(f"{folder}: started with {', '.join(changed)}; use the same, {OR_OTHER_FOLDER}")
     if (folder / SEED_TASKS).read_text(encoding="utf-8") != seeds:
         raise ValueError(
-            f"{folder}: was begun with other seed tasks; --seed_tasks_path {folder / SEED_TASKS} goes on with them, "
-            "or give another --batch_dir"
+            f"{folder}: started with other seed tasks; use --seed_tasks_path {folder / SEED_TASKS} to resume, "
+            f"{OR_OTHER_FOLDER}"
         )
 
 
@@ -213,29 +214,30 @@ def _seed_line(task: Task) -> str:
 def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8", newline="") as file:
         file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        _to_disk(file)
+        _flush_to_disk(file)
 
 
-def _to_disk(file: Any) -> None:
+def _flush_to_disk(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def _committed(path: Path, count: int, unfinished: range) -> Iterator[bytes]:
-    """The first lines of a file. The rest, of a round that was killed, is moved into NAME.cut.
+def _committed_lines(path: Path, count: int, unfinished: range) -> Iterator[bytes]:
+    """Yields the first `count` lines, then truncates the file; the rest, of a killed round, is moved to NAME.cut.
 
     Args:
-        unfinished: the requests of that round.
+        unfinished: indices of the requests of the killed round.
 
-    Raises ValueError where lines are missing, or the rest cannot be of such a round.
+    Raises:
+        ValueError: lines are missing, or the rest cannot be from that round.
     """
     with path.open("r+b") as file:
         for number in range(count):
             line = file.readline()
             if not line.endswith(b"\n"):
                 raise ValueError(
-                    f"{path}: holds {number} whole lines, but {STATISTICS} speaks of {count} "
-                    f"(put the others back, {OR_ELSE})"
+                    f"{path}: {number} complete lines, but {count} according to {STATISTICS} "
+                    f"(restore the others, {OR_OTHER_FOLDER})"
                 )
             yield line
         end = file.tell()
@@ -243,20 +245,20 @@ def _committed(path: Path, count: int, unfinished: range) -> Iterator[bytes]:
         for number, line in enumerate(rest, count + 1):
             if not _is_uncommitted(line, unfinished):
                 raise ValueError(
-                    f"{path}:{number}: a line too many, for {STATISTICS} speaks of {count}, and it is of no round that "
-                    "was cut short (move what was added into another file; sft.py --data takes several)"
+                    f"{path}:{number}: extra line: {count} according to {STATISTICS}, and this is not from an "
+                    "interrupted round (move added lines to another file; sft.py --data takes several)"
                 )
         if text := b"".join(rest).rstrip(b"\n"):
-            cut = path.with_name(f"{path.name}.cut")
-            with cut.open("ab") as aside:
-                aside.write(text + b"\n")
-                _to_disk(aside)
-            print0(f"{path}: what a round that was cut short left after line {count} is moved into {cut.name}")
+            cut_path = path.with_name(f"{path.name}.cut")
+            with cut_path.open("ab") as cut_file:
+                cut_file.write(text + b"\n")
+                _flush_to_disk(cut_file)
+            print0(f"{path}: lines of an interrupted round after line {count} are moved to {cut_path.name}")
         file.truncate(end)
 
 
 def _is_uncommitted(line: bytes, unfinished: range) -> bool:
-    """Whether a line, or its half where a kill cut it, can be of a request that will be made once more."""
+    """Whether a line, or the part of it written before a kill, can be from a request that will be repeated."""
     try:
         return json.loads(line)["request_idx"] in unfinished
     except (KeyError, TypeError):
@@ -266,17 +268,17 @@ def _is_uncommitted(line: bytes, unfinished: range) -> bool:
 
 
 def _read_tasks(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    found = []
+    tasks = []
     for number, line in enumerate(lines, 1):
         try:
             task = json.loads(line)
-            ours = all(isinstance(task[name], str) for name in ("instruction", "input", "output"))
-            ours = ours and isinstance(task["request_idx"], int)
+            valid = all(isinstance(task[name], str) for name in ("instruction", "input", "output"))
+            valid = valid and isinstance(task["request_idx"], int)
         except (ValueError, KeyError, TypeError):
-            ours = False
-        if not ours:
+            valid = False
+        if not valid:
             raise ValueError(
-                f"{path}:{number}: no task that this run wrote (put back what was there; your own go elsewhere)"
+                f"{path}:{number}: not a task written by this run (restore the line; keep your own in another file)"
             )
-        found.append(task)
-    return found
+        tasks.append(task)
+    return tasks

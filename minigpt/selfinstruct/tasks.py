@@ -1,7 +1,7 @@
-"""Tasks: what a request shows and a model writes, and the seed pool that people wrote.
+"""Task, the unit that requests show and models write; and reading the human-written seed pool.
 
 Sources: seed_tasks.jsonl of Self-Instruct (Wang et al. 2022); Stanford Alpaca's generate_instruction.py and
-ArmelRandy/Self-instruct show the first instance of each.
+ArmelRandy/Self-instruct use the first instance of each task.
 """
 
 import json
@@ -12,11 +12,11 @@ from minigpt.data.read.records import read_records
 from minigpt.data.read.streams import find_data_files, read_values
 
 SEED_TASKS = Path(__file__).parents[1] / "assets" / "seed_tasks.jsonl"
-"""The pool that comes along."""
+"""The bundled seed pool."""
 
 
 class Task(NamedTuple):
-    """An instruction, what it is about if anything, and what a good answer is."""
+    """An instruction, its optional input, and a good output."""
 
     instruction: str
     input: str = ""
@@ -25,18 +25,18 @@ class Task(NamedTuple):
 
 
 def read_seed_tasks(path: str | Path) -> list[Task]:
-    """The tasks of a seed pool, in the order of the file: seed tasks, or instructions in any format of `--data`.
+    """Reads a seed pool in file order: Self-Instruct's seed tasks, or any format that `--data` accepts.
 
     The line `{"instruction": "Name the capital.", "instances": [{"input": "France", "output": "Paris."}]}` is
-    `Task("Name the capital.", "France", "Paris.")`. Of several instances, and of several records with the same
-    instruction, the first counts: a request shows an instruction once, and novelty is measured against it once.
+    `Task("Name the capital.", "France", "Paris.")`. Only the first instance of a task and the first record of an
+    instruction are used, because requests and the novelty pool must contain an instruction once.
 
     Raises:
-        FileNotFoundError: the path leads to no file.
+        FileNotFoundError: no file matches the path.
         ValueError: `FILE:LINE: what is wrong, what was expected`.
     """
     conversations = list(read_records(path))
-    classification = _classification(path)
+    classification = _classification_instructions(path)
     tasks: dict[str, Task] = {}
     for conversation in conversations:
         roles = [message["role"] for message in conversation.messages]
@@ -53,14 +53,14 @@ def read_seed_tasks(path: str | Path) -> list[Task]:
     return list(tasks.values())
 
 
-def _classification(path: str | Path) -> set[str]:
-    """The instructions that are marked as classification, which is not kept of a record in a Conversation."""
-    marked = set()
+def _classification_instructions(path: str | Path) -> set[str]:
+    """The instructions with `"is_classification": true`, read separately because a Conversation does not hold it."""
+    instructions = set()
     for file in find_data_files(path):
         for line, record in read_values(file):
-            mark = record.get("is_classification", False)
-            if not isinstance(mark, bool):
-                raise ValueError(f'{file}:{line}: "is_classification" is {json.dumps(mark)}, expected true or false')
-            if mark:
-                marked.add(str(record.get("instruction")))
-    return marked
+            label = record.get("is_classification", False)
+            if not isinstance(label, bool):
+                raise ValueError(f'{file}:{line}: "is_classification" is {json.dumps(label)}, expected true or false')
+            if label:
+                instructions.add(str(record.get("instruction")))
+    return instructions

@@ -1,4 +1,4 @@
-"""What the tests of self-instruct share."""
+"""Shared fixtures of the self-instruct tests."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from .runs import bootstrap
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory) -> Path:
-    """A run that nobody disturbed; look, and leave it as it is."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted_run(tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run; read-only for tests."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     bootstrap(folder)
     return folder

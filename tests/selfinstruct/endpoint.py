@@ -1,33 +1,33 @@
-"""A server on the loopback interface that writes tasks, in a good mood."""
+"""An OpenAI-compatible server on the loopback interface that writes tasks; tests can inject faults."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..scripted_endpoint import Endpoint, Reply, serve
-from .writers import plausible
+from .fake_generators import plausible
 
 MODEL = "scripted"
-Mood = Callable[[int, dict[str, Any]], Reply | None]
+Fault = Callable[[int, dict[str, Any]], Reply | None]
 
 
 @contextmanager
-def serving(mood: Mood = lambda number, body: None, context: int | None = None) -> Iterator[Endpoint]:
-    """The server; its `answered` are the seeds of the requests that it answered.
+def serving(fault: Fault = lambda number, body: None, context: int | None = None) -> Iterator[Endpoint]:
+    """The server; its `answered` are the seeds of the requests that got completions.
 
-    Before it answers, `mood(number, body)` is asked: what that returns is sent instead; None is a good mood.
+    If `fault(number, body)` returns a reply, it is sent instead of completions; None means no fault.
     """
 
     def script(number: int, body: dict[str, Any]) -> Reply:
-        reply = mood(number, body)
+        reply = fault(number, body)
         if reply is not None:
             return reply
         prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
         choices = []
-        for place in range(body["n"]):
-            text, finished = plausible(prompt, body["seed"] + place)
-            said = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
-            choices.append({"index": place, **said, "finish_reason": "stop" if finished else "length"})
+        for index in range(body["n"]):
+            text, finished = plausible(prompt, body["seed"] + index)
+            content = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+            choices.append({"index": index, **content, "finish_reason": "stop" if finished else "length"})
         server.answered.append(body["seed"])
         return {"choices": choices}
 

@@ -1,4 +1,4 @@
-"""The filter table of formats.md, boundary by boundary, and the order in which a task is judged."""
+"""Each filter at its boundaries, and the order of the filters."""
 
 import doctest
 import string
@@ -27,11 +27,11 @@ def test_the_worked_example():
 )
 def test_length(count, expected):
     assert verdict(words(count)) == expected
-    assert verdict(words(count).replace(" ", " \n\t ")) == expected  # any white space, as much as there is
+    assert verdict(words(count).replace(" ", " \n\t ")) == expected  # any amount of any white space counts as one space
 
 
 @pytest.mark.parametrize("instruction", ["", "  \n"])
-def test_nothing_is_too_short(instruction):
+def test_an_empty_instruction_is_too_short(instruction):
     assert verdict(instruction) == "length"
 
 
@@ -43,12 +43,14 @@ def test_banned_words(word):
     assert verdict(f"Say what the {word}’s point is") == "banned_word"
 
 
-def test_the_list_is_that_of_formats_md():
+def test_the_default_banned_words():
     table = (
         "image(s), graph(s), picture(s), file(s), map(s), draw, plot, go to, video, audio, music, flowchart, diagram"
     )
-    listed = [form for word in table.split(", ") for form in ([word[:-3], word[:-3] + "s"] if "(" in word else [word])]
-    assert sorted(BANNED_WORDS) == sorted(listed)
+    expected = [
+        form for word in table.split(", ") for form in ([word[:-3], word[:-3] + "s"] if "(" in word else [word])
+    ]
+    assert sorted(BANNED_WORDS) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -58,19 +60,19 @@ def test_the_list_is_that_of_formats_md():
         *("videos", "ago to", "go tomorrow", "goto", "go and to", "picturesque", "file_name"),
     ],
 )
-def test_a_banned_word_inside_another_is_none(word):
+def test_banned_words_match_whole_words_only(word):
     assert verdict(f"Say what {word} means here") is None
 
 
-def test_banned_words_are_settable():
+def test_custom_banned_words():
     assert verdict("Draw a picture of C++ code", banned_words=["c++"]) == "banned_word"
     assert verdict("Draw a picture of C+++ code", banned_words=["c+"]) == "banned_word"
     assert verdict("Draw a picture of acc++ code", banned_words=["c++"]) is None
     assert verdict("Draw a picture of a cat", banned_words=["new  york"]) is None
     assert verdict("Name a park in New\nYork", banned_words=["new  york"]) == "banned_word"
-    assert verdict("Draw a picture of a.b", banned_words=["a?b"]) is None  # no pattern
-    for none in ([], [""], [" "]):
-        assert verdict("Draw a picture of a cat.", banned_words=none) is None
+    assert verdict("Draw a picture of a.b", banned_words=["a?b"]) is None  # not a regular expression
+    for disabled in ([], [""], [" "]):
+        assert verdict("Draw a picture of a cat.", banned_words=disabled) is None
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_language(first):
     assert verdict(f"Say {first} what it is now") is None
 
 
-def test_a_digit_is_a_first_character():
+def test_an_instruction_may_start_with_a_digit():
     assert verdict("3 colours that I like") is None
 
 
@@ -117,8 +119,8 @@ def test_output(input, output, expected):
     assert verdict("Say what it is", input, output) == expected
 
 
-def test_a_task_counts_for_the_first_filter_that_drops_it():
-    """Each instruction fails its own filter and every later one; mended, it falls to the next."""
+def test_the_first_filter_that_matches_is_reported():
+    """Case i fails filter i first; all but the last case also fail a later filter."""
     cases = [
         "Write maps “",
         "Write a program that draws maps",
@@ -131,8 +133,8 @@ def test_a_task_counts_for_the_first_filter_that_drops_it():
     assert NAMES == ("length", "banned_word", "programming", "punctuation", "language", "output", "novelty")
 
 
-def test_a_language_without_blanks_is_counted_in_characters():
-    """By white space a Chinese instruction is one word, and all of them would be too short."""
+def test_languages_without_spaces_count_characters():
+    """Split at white space, a Chinese instruction is one word, so every one would be too short."""
     assert verdict("把下面的句子翻译成英语。") == "length"
     assert verdict("把下面的句子翻译成英语。", language="zh-CN") is None
     assert [verdict("字" * count, language="zh") for count in (3, 4, 150, 151)] == ["length", None, None, "length"]

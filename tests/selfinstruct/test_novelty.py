@@ -1,4 +1,4 @@
-"""The novelty filter. The judge is rouge_score itself, to the last bit."""
+"""The novelty filter, compared bit for bit with rouge_score."""
 
 import doctest
 import random
@@ -17,68 +17,68 @@ from minigpt.selfinstruct import Novelty, NoveltyFilter, novelty
 from minigpt.selfinstruct.novelty import advance, rouge_words, unicode_words
 
 
-class Remembered:
-    """A tokenizer for rouge_score that sees each text once: it tokenizes both sides of every pair anew."""
+class CachedTokenizer:
+    """A tokenizer with a cache, because rouge_score tokenizes both texts of every pair again."""
 
     def __init__(self, tokenize):
         self.tokenize = lru_cache(None)(tokenize)
 
 
-SCORER = RougeScorer(["rougeL"], tokenizer=Remembered(DefaultTokenizer().tokenize))
+SCORER = RougeScorer(["rougeL"], tokenizer=CachedTokenizer(DefaultTokenizer().tokenize))
 
 
-def judge(pool: list[str], text: str, scorer: RougeScorer = SCORER) -> Novelty:
+def reference(pool: list[str], text: str, scorer: RougeScorer = SCORER) -> Novelty:
     scores = [scorer.score(text, other)["rougeL"].fmeasure for other in pool]
     neighbours: dict[str, float] = {}
-    for place in sorted(range(len(pool)), key=lambda place: -scores[place]):  # stable
+    for index in sorted(range(len(pool)), key=lambda index: -scores[index]):  # stable
         if len(neighbours) < 10:
-            neighbours[pool[place]] = scores[place]
+            neighbours[pool[index]] = scores[index]
     return Novelty(max(scores) < 0.7, max(scores), float(np.mean(scores)), neighbours)
 
 
-def assert_equal(found: Novelty, expected: Novelty) -> None:
-    assert found == expected
-    assert list(found.neighbours) == list(expected.neighbours)
+def assert_equal(actual: Novelty, expected: Novelty) -> None:
+    assert actual == expected
+    assert list(actual.neighbours) == list(expected.neighbours)
 
 
-ODD = [  # no token at all, or not the ones that a reader sees
+EDGE_CASES = [  # no token, or unexpected tokens
     *("", " \n", "?!...", "写一首关于猫的诗。", "the", "THE", "Café, naïve; İstanbul 2nd\tit's e-mail_me", "ß ﬁ ² ½ K"),
 ]
 
 
 def instructions(count: int, seed: int) -> list[str]:
-    """Short and long, many nearly alike, a few twice, with few words so that all have something in common."""
+    """Short and long, many similar, a few duplicates; a small vocabulary, so that most share tokens."""
     draw = random.Random(seed)
-    words = ["".join(draw.choices(string.ascii_lowercase, k=1 + place % 7)) for place in range(80)]
-    weights = [1 / (1 + place) for place in range(80)]
-    texts = list(ODD)
+    words = ["".join(draw.choices(string.ascii_lowercase, k=1 + index % 7)) for index in range(80)]
+    weights = [1 / (1 + index) for index in range(80)]
+    texts = list(EDGE_CASES)
     while len(texts) < count:
         kind = draw.random()
         if kind < 0.6:
             length = 70 if kind < 0.01 else draw.randrange(3, 20)
             texts.append(" ".join(draw.choices(words, weights, k=length)).capitalize() + ".")
         elif kind < 0.97:
-            copied = draw.choice(texts).split() or ["so"]
-            copied[draw.randrange(len(copied))] = draw.choice(words)
-            texts.append(" ".join(copied))
+            copy = draw.choice(texts).split() or ["so"]
+            copy[draw.randrange(len(copy))] = draw.choice(words)
+            texts.append(" ".join(copy))
         else:
             texts.append(draw.choice(texts))
     return texts
 
 
-def test_the_examples():
+def test_the_docstring_examples():
     assert doctest.testmod(novelty) == (0, 5)
 
 
 def test_the_worked_example():
-    """The table in advance's docstring: `write about a cat` against `write a poem about a cat`."""
+    """The table in the docstring of `advance`: `write about a cat` against `write a poem about a cat`."""
     instruction = ["write", "a", "poem", "about", "a", "cat"]
     state = np.array([2**64 - 1], np.uint64)
     steps = []
     for token in ["write", "about", "a", "cat"]:
         mask = sum(1 << bit for bit, other in enumerate(instruction) if other == token)
         state = advance(state, np.array([mask], np.uint64))
-        assert state.item() >> 6 == 2**58 - 1  # above the last token all bits stay 1
+        assert state.item() >> 6 == 2**58 - 1  # bits above the last token stay 1
         steps.append((token, f"{mask:06b}", f"{state.item() & 0b111111:06b}"))
     assert steps == [
         ("write", "000001", "111110"),
@@ -89,25 +89,25 @@ def test_the_worked_example():
 
 
 def test_100_000_pairs():
-    """A pool that grows by what was judged, as a run's does: verdicts, scores, averages and neighbours."""
+    """The pool grows by each checked text, as in a run: verdicts, scores, averages and neighbours are equal."""
     texts = instructions(460, seed=0)
     pool = NoveltyFilter()
     accepted = 0
-    for place, text in enumerate(texts):
-        if place:
-            found = pool.check(text)
-            assert_equal(found, judge(texts[:place], text))
-            assert pool.highest(text) == found.score
-            accepted += found.accepted
+    for index, text in enumerate(texts):
+        if index:
+            novelty = pool.check(text)
+            assert_equal(novelty, reference(texts[:index], text))
+            assert pool.highest(text) == novelty.score
+            accepted += novelty.accepted
         pool.add(text)
-        assert len(pool) == place + 1
+        assert len(pool) == index + 1
     assert sum(range(len(texts))) > 100_000
     assert 100 < accepted < 400
     assert len(set(texts)) < len(texts)
 
 
-def test_instructions_of_several_words():
-    """Sums carry from word to word, also through words that hold nothing, or nothing but hits."""
+def test_instructions_of_several_uint64_words():
+    """The carry passes from word to word, also through words without hits or with hits only."""
     draw = random.Random(1)
     texts = ["the " * 64, "the " * 200, "a " + "the " * 127, "b" + " a" * 130 + " b", "a b " * 96]
     for length in (63, 64, 65, 127, 128, 129, 191, 192, 193, 260):
@@ -118,29 +118,36 @@ def test_instructions_of_several_words():
         pool.add(text)
     texts.append("x " * 64 + "y " * 64 + "z " * 64)
     pool.add(texts[-1])
-    for text in [*texts, "a b", "b a " * 150, "z x", "z y x", "z z y x x"]:  # carried through all of y, up to z's zero
-        assert_equal(pool.check(text), judge(texts, text))
+    for text in [
+        *texts,
+        "a b",
+        "b a " * 150,
+        "z x",
+        "z y x",
+        "z z y x x",
+    ]:  # the carry passes all words of y, up to z's zero
+        assert_equal(pool.check(text), reference(texts, text))
 
 
-def test_seven_tenths():
-    """On paper 2 * common / (instruction + candidate) = 7/10; in floats just below, exactly, or just above."""
+def test_rounding_at_the_threshold():
+    """2 * common / (instruction + candidate) is exactly 7/10; in floats it is just below, equal, or just above."""
     seen = set()
     for instruction in range(1, 80):
         for candidate in range(instruction, 80):
-            common, rest = divmod(7 * (instruction + candidate), 20)
-            if rest or common > instruction:
+            common, remainder = divmod(7 * (instruction + candidate), 20)
+            if remainder or common > instruction:
                 continue
-            shared = [f"s{place}" for place in range(common)]
+            shared = [f"s{index}" for index in range(common)]
             pool = NoveltyFilter(threshold=0.7)
             pool.add(" ".join(shared + ["x"] * (instruction - common)))
-            found = pool.check(" ".join(shared + ["y"] * (candidate - common)))
+            novelty = pool.check(" ".join(shared + ["y"] * (candidate - common)))
             expected = fmeasure(common / instruction, common / candidate)
-            assert (found.score, found.accepted) == (expected, expected < 0.7)
-            seen.add((found.score, found.accepted))
+            assert (novelty.score, novelty.accepted) == (expected, expected < 0.7)
+            seen.add((novelty.score, novelty.accepted))
     assert {(0.6999999999999998, True), (0.7, False), (0.7000000000000001, False)} <= seen
 
 
-def test_of_equal_scores_the_first_comes_first():
+def test_ties_are_ordered_by_insertion():
     pool = NoveltyFilter()
     texts = [f"sort the list {word}" for word in "zyxwvutsrqpo"]
     for text in [*texts, "sort the list"]:
@@ -148,14 +155,14 @@ def test_of_equal_scores_the_first_comes_first():
     assert list(pool.check("sort the list now").neighbours) == ["sort the list", *texts[:9]]
 
 
-def test_a_text_added_twice_is_one_neighbour_and_counts_twice_in_the_average():
-    """It took two of the ten places and was then one key of the dictionary: nine neighbours were left."""
+def test_a_duplicate_is_listed_once_and_averaged_twice():
+    """A duplicate took two of the ten places but was one key of the dictionary, so only nine neighbours remained."""
     pool = NoveltyFilter()
     for text in ["a b c d"] * 3 + [f"a {letter}" for letter in "efghijklmno"]:
         pool.add(text)
-    found = pool.check("a b c d")
-    assert list(found.neighbours) == ["a b c d", *(f"a {letter}" for letter in "efghijklm")]
-    assert found.average == pytest.approx((3 * 1 + 11 * (2 / 6)) / 14)
+    novelty = pool.check("a b c d")
+    assert list(novelty.neighbours) == ["a b c d", *(f"a {letter}" for letter in "efghijklm")]
+    assert novelty.average == pytest.approx((3 * 1 + 11 * (2 / 6)) / 14)
     assert len(pool) == 14
 
 
@@ -166,7 +173,7 @@ def test_an_empty_pool():
     assert pool.highest("Sort the list.") == 0.0
 
 
-def test_texts_without_a_token_are_like_nothing():
+def test_texts_without_tokens_score_zero():
     pool = NoveltyFilter()
     pool.add("?!")
     assert pool.check("?!") == Novelty(True, 0.0, 0.0, {"?!": 0.0})
@@ -178,7 +185,7 @@ def test_texts_without_a_token_are_like_nothing():
 # ---- tokens
 
 
-def test_rouge_words_are_those_of_rouge_score():
+def test_rouge_words_equal_rouge_score():
     draw = random.Random(2)
     signs = string.printable + "İıſKéßﬁ²诗हि\u00a0\u2028\x1f\x85"
     for _ in range(2000):
@@ -189,7 +196,7 @@ def test_rouge_words_are_those_of_rouge_score():
 
 
 def test_other_scripts():
-    """rouge_score's tokens let every Chinese instruction pass: none has a letter that it knows."""
+    """With rouge_score's tokens, a-z and 0-9, every Chinese instruction is novel."""
     texts = [
         "写一首关于猫的诗。",
         "写一首关于狗的诗。",
@@ -203,32 +210,32 @@ def test_other_scripts():
     for text in texts:
         pool.add(text)
         plain.add(text)
-    scorer = RougeScorer(["rougeL"], tokenizer=Remembered(unicode_words))
+    scorer = RougeScorer(["rougeL"], tokenizer=CachedTokenizer(unicode_words))
     for text in [*texts, "写一首关于鸟的诗", "ecris un poeme", "E\u0301CRIS UN POE\u0300ME!"]:
-        assert_equal(pool.check(text), judge(texts, text, scorer))
+        assert_equal(pool.check(text), reference(texts, text, scorer))
     assert not pool.check("写一首关于鸟的诗").accepted
     assert plain.check("写一首关于鸟的诗").accepted
     assert unicode_words("Straße") == unicode_words("STRASSE")
-    assert pool.highest("E\u0301CRIS UN POE\u0300ME!") == 1.0  # accents of their own, and capitals
+    assert pool.highest("E\u0301CRIS UN POE\u0300ME!") == 1.0  # combining accents, and capitals
 
 
-# ---- the edges
+# ---- edge cases
 
 
 @pytest.mark.parametrize("threshold", [0.0, -0.1, 1.1, float("nan")])
-def test_a_threshold_that_means_nothing_is_refused(threshold):
+def test_invalid_thresholds_are_rejected(threshold):
     with pytest.raises(ValueError, match=r"^threshold must be above 0 and at most 1, got"):
         NoveltyFilter(threshold=threshold)
 
 
-def test_at_threshold_1_only_the_same_tokens_are_dropped():
+def test_threshold_1_drops_equal_token_sequences_only():
     pool = NoveltyFilter(threshold=1)
     pool.add("Sort the list.")
     assert not pool.check("sort THE list?").accepted
     assert pool.check("sort the lists").accepted
 
 
-def test_the_import_is_light():
+def test_the_import_loads_no_heavy_packages():
     code = (
         "import sys, minigpt.selfinstruct as s; print('numpy' in sys.modules); s.NoveltyFilter().check('a');"
         "print(*{'torch', 'nltk', 'absl'} & {*sys.modules})"

@@ -1,4 +1,4 @@
-"""What a request says: a list of tasks with the next number open; and the classification branch's two questions."""
+"""Rendering requests, and the prompts of the classification branch."""
 
 import doctest
 from textwrap import dedent
@@ -26,7 +26,7 @@ def test_iio():
 
 
 def test_io_has_no_input_lines():
-    """An input stands with its instruction, as in the template io, or its answer would answer nothing."""
+    """The input follows its instruction, as in the template io; without it the output would not make sense."""
     assert TaskFormat("io").render([PARIS, HELLO]) == (
         "Write a list of diverse tasks, each with its Instruction and its Output.\n"
         "###\n1. Instruction: Name the capital.\nFrance\n1. Output:\nParis.\n"
@@ -42,7 +42,7 @@ def test_trigger_words_are_settings():
     assert TaskFormat("io", "Request", output="Answer").stop_strings(20) == ("\n20. Request:",)
 
 
-def test_no_shots_leave_the_first_number_open():
+def test_without_shots_the_first_slot_is_open():
     assert TaskFormat("io").render([]).endswith(".\n###\n1. Instruction:")
 
 
@@ -50,12 +50,12 @@ def test_no_shots_leave_the_first_number_open():
     ("settings", "message"),
     [
         ({"name": "alpaca"}, "io or iio, not 'alpaca'"),
-        ({"output": " "}, "--trigger_output ' ': expected a word on one line"),
-        ({"instruction": "Do\nthis"}, "--trigger_instruction 'Do.nthis': expected a word on one line"),
+        ({"output": " "}, "--trigger_output ' ': expected one line, no"),
+        ({"instruction": "Do\nthis"}, "--trigger_instruction 'Do.nthis': expected one line, no"),
         ({"input": "Output"}, "the trigger words Instruction, Output, Output must differ"),
     ],
 )
-def test_formats_that_nobody_could_read_back_are_refused(settings, message):
+def test_formats_that_cannot_be_parsed_back_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         TaskFormat(**settings)
 
@@ -65,7 +65,7 @@ def test_formats_that_nobody_could_read_back_are_refused(settings, message):
 MOOD = Task("Is the review good or bad?", "I loved it.", "Good", is_classification=True)
 
 
-def test_the_model_is_asked_whether_it_is_classification():
+def test_the_classification_prompt():
     assert TaskFormat().render_is_classification([MOOD, PARIS], "Is this word a verb?") == dedent("""\
         Is the task classification: is its answer one of a few labels that are known beforehand?
         ###
@@ -90,7 +90,7 @@ def test_yes_or_no(completion, expected):
     assert TaskFormat.parse_is_classification(completion) is expected
 
 
-def test_the_label_is_asked_for_first():
+def test_the_label_first_prompt():
     assert TaskFormat().render_label_first([MOOD], "Is this word a verb?") == dedent("""\
         Give for each task a possible Output first, then an Input that has this Output.
         ###
@@ -124,16 +124,16 @@ VERB = Task("Is this word a verb?", "run", "Verb", is_classification=True)
         ("\nVerb\n###\n3. Instruction: Is it red?\n3. Output:\nYes\n3. Input:\na rose\n###", None),
     ],
 )
-def test_the_label_and_then_its_input(completion, expected):
+def test_parsing_label_and_input(completion, expected):
     assert TaskFormat().parse_label_first(completion, VERB.instruction, 2) == expected
 
 
-def test_a_cut_input_is_none():
-    cut = "\nVerb\n2. Input:\nru"
-    assert TaskFormat().parse_label_first(cut, VERB.instruction, 2, finished=False) is None
-    assert TaskFormat().parse_label_first(cut + "n\n###\n3. Ins", VERB.instruction, 2, finished=False) == VERB
+def test_a_truncated_input_is_dropped():
+    truncated = "\nVerb\n2. Input:\nru"
+    assert TaskFormat().parse_label_first(truncated, VERB.instruction, 2, finished=False) is None
+    assert TaskFormat().parse_label_first(truncated + "n\n###\n3. Ins", VERB.instruction, 2, finished=False) == VERB
 
 
 def test_io_has_no_classification_branch():
-    with pytest.raises(ValueError, match="the classification branch is for iio"):
+    with pytest.raises(ValueError, match="the classification branch needs the format iio"):
         TaskFormat("io").render_label_first([MOOD], "Is this word a verb?")

@@ -1,4 +1,4 @@
-"""Seed pools become tasks; what cannot is refused with file and line."""
+"""Reading seed pools; errors name file and line."""
 
 import json
 
@@ -31,21 +31,21 @@ def test_the_worked_example(tmp_path):
     assert read(tmp_path, line) == [Task("Name the capital.", "France", "Paris.")]
 
 
-def test_the_first_instance_is_shown(tmp_path):
+def test_the_first_instance_is_used(tmp_path):
     assert read(tmp_path, lines(SEED, LABEL)) == [
         Task("Name the capital.", "France", "Paris.", is_classification=False),
         Task("Is it a fruit?", "Oak", "No", is_classification=True),
     ]
 
 
-def test_a_mark_is_kept_where_all_records_stand_on_one_line(tmp_path):
-    """By the line alone, an array that was written without line ends would mark all of its tasks, or none."""
+def test_is_classification_is_read_per_record_if_all_are_on_one_line(tmp_path):
+    """The flag must not be looked up by line: in an array on one line all tasks, or none, would have it."""
     tasks = read(tmp_path, json.dumps([SEED, LABEL]), "seeds.json")
     assert [task.is_classification for task in tasks] == [False, True]
 
 
-def test_an_instruction_comes_once(tmp_path):
-    """Alpaca's data asks the same of many inputs; a request that showed one instruction twice would ask for repeats."""
+def test_an_instruction_is_used_once(tmp_path):
+    """Alpaca has the same instruction with several inputs; repeated shots would encourage the model to repeat tasks."""
     records = [{"instruction": "Say it in French.", "input": word, "output": word + "e"} for word in ("grand", "petit")]
     tasks = read(tmp_path, lines(records[0], {"instruction": "Say hi.", "output": "Hi."}, records[1]))
     assert tasks == [Task("Say it in French.", "grand", "grande"), Task("Say hi.", "", "Hi.")]
@@ -61,7 +61,7 @@ def test_an_instruction_comes_once(tmp_path):
     ],
     ids=["alpaca", "self-instruct output", "prompt and completion", "messages"],
 )
-def test_other_formats_are_seed_pools_too(tmp_path, record):
+def test_any_data_format_can_be_a_seed_pool(tmp_path, record):
     assert read(tmp_path, json.dumps([record]), "data.json") == [Task("Say hi.", "", "Hi.")]
 
 
@@ -80,7 +80,7 @@ def test_other_formats_are_seed_pools_too(tmp_path, record):
         ),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, record, message):
+def test_an_invalid_record_is_an_error_with_its_line(tmp_path, record, message):
     with pytest.raises(ValueError) as error:
         read(tmp_path, lines(SEED, record))
     assert str(error.value).startswith(f"{tmp_path}/{message}")

@@ -1,1 +1,1 @@
-"""Which of the generated tasks are kept."""
+"""Filters generated tasks after a run."""

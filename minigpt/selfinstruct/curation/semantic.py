@@ -1,7 +1,7 @@
-"""Curation by meaning: what is said twice, and what a model cannot tell from its answer.
+"""Semantic curation by sentence embeddings, the post-processing of github.com/ArmelRandy/Self-instruct.
 
-The post-processing of github.com/ArmelRandy/Self-instruct: `unique` drops a task that means what one kept before means,
-`consistent` one whose instruction a model that is shown its output cannot tell. What they write, curation.py says.
+`unique` drops semantic duplicates. `consistent` drops a task if a model, given the output, cannot reconstruct its
+instruction. The output files are described in curate.py.
 """
 
 import hashlib
@@ -18,30 +18,37 @@ import numpy as np
 from minigpt.data.order import shard
 from minigpt.distributed import print0, progress_bar
 from minigpt.files import writing_to
-from minigpt.selfinstruct.curation.curate import Curated, Drop, Entry, as_line, read_entries, write_results
+from minigpt.selfinstruct.curation.curate import Curated, Drop, Entry, read_entries, to_json_line, write_results
 from minigpt.selfinstruct.curation.embed import nearest_kept
-from minigpt.selfinstruct.generators import Completion, Generator, GeneratorArguments, How, Prompt, fit_shots
+from minigpt.selfinstruct.generators import (
+    Completion,
+    Generator,
+    GeneratorArguments,
+    SamplingParams,
+    SeededPrompt,
+    fit_shots,
+)
 from minigpt.selfinstruct.request import TaskFormat
 from minigpt.selfinstruct.tasks import Task
 
 Embed = Callable[[Sequence[str]], np.ndarray]
-_BACKWARDS = "Tasks written backwards: first what came out, then the instruction that asked for it.\n\n"
+_HEADER = "Tasks written backwards: first what came out, then the instruction that asked for it.\n\n"
 
 
 def unique(path: str, embed: Embed, *, threshold: float = 0.5, output_dir: str | None = None) -> Curated:
-    """Keeps the instructions whose cosine with every one kept before is below the threshold.
+    """Keeps the instructions whose cosine with every earlier kept one is below the threshold.
 
     Args:
-        embed: texts to unit vectors, (N,C) in float32, such as an `Embedder`.
-        threshold: of the cosine, above 0 and at most 1.
-        output_dir: where the two files go; None is beside the instruction file.
+        embed: maps N texts to unit vectors, (N,C) float32, such as an `Embedder`.
+        threshold: cosine, above 0 and at most 1.
+        output_dir: folder for the two output files; None: the folder of the instruction file.
     """
     _check_threshold(threshold)
     entries, base = read_entries(path, output_dir)
     nearest, cosines = nearest_kept(embed([entry.instruction for entry in entries]), threshold)
     drops = [
-        Drop(place, "similar", entries[other].instruction, entries[other].source, float(cosine))
-        for place, (other, cosine) in enumerate(zip(nearest, cosines, strict=True))
+        Drop(index, "similar", entries[other].instruction, entries[other].source, float(cosine))
+        for index, (other, cosine) in enumerate(zip(nearest, cosines, strict=True))
         if cosine >= threshold
     ]
     return write_results(base, "unique", entries, drops, ("similar",))
@@ -62,56 +69,60 @@ def consistent(
     seed: int = 42,
     output_dir: str | None = None,
 ) -> Curated:
-    """Keeps the tasks whose instruction a model can tell from the output, and the input where there is one.
+    """Keeps the tasks whose instruction a model can reconstruct from the output and, if present, the input.
 
-    The two instructions' cosine must reach the threshold. What the model says is appended to `tasks.regenerated.jsonl`
-    as it comes: a run that was killed goes on from there, and one with another threshold asks nothing.
+    The cosine of the original and the reconstructed instruction must reach the threshold. Completions are appended to
+    `tasks.regenerated.jsonl` as they are generated, so that a killed run resumes from there and a run with another
+    threshold generates nothing.
 
     Args:
-        generator: asked greedily.
-        embed: texts to unit vectors, (N,C) in float32, such as an `Embedder`.
-        model: the generator's name; what another one said does not count.
-        seed_tasks: where the shots are drawn from, the same for every task, but for the task itself.
+        generator: decodes greedily.
+        embed: maps N texts to unit vectors, (N,C) float32, such as an `Embedder`.
+        model: the generator's name; saved completions of another model are not reused.
+        seed_tasks: the pool of shots; all tasks get the same shots, except that a task is never its own shot.
         task_format: the trigger words.
-        num_shots: fewer are shown where the context is too short for all.
-        max_new_tokens: room for the instruction.
-        threshold: of the cosine, above 0 and at most 1.
-        batch_size: tasks asked together, alike in length.
-        output_dir: where the files go; None is beside the instruction file.
+        num_shots: fewer are used if the context is too short.
+        max_new_tokens: limit for the instruction.
+        threshold: cosine, above 0 and at most 1.
+        batch_size: tasks per batch; batches are formed from prompts of similar length.
+        output_dir: folder for the output files; None: the folder of the instruction file.
     """
     _check_threshold(threshold)
     entries, base = read_entries(path, output_dir)
     shots = random.Random(seed).sample(seed_tasks, len(seed_tasks))
-    prompts: dict[int, str] = {}
-    for place, entry in enumerate(entries):
+    prompts: dict[int, str] = {}  # index of the entry -> prompt
+    for index, entry in enumerate(entries):
         others = [shot for shot in shots if shot.instruction != entry.instruction][:num_shots]
-        asked = Task(entry.instruction, entry.input, entry.output)
-        render = partial(backwards, asked=asked, task_format=task_format)
+        task = Task(entry.instruction, entry.input, entry.output)
+        render = partial(reconstruction_prompt, task=task, task_format=task_format)
         if fitted := fit_shots(generator, render, others, max_new_tokens):
-            prompts[place] = fitted[1]
+            prompts[index] = fitted[1]
     greedy = GeneratorArguments(max_length=max_new_tokens, request_batch_size=batch_size, temperature=0.0)
-    asked_by = {prompt: entries[place] for place, prompt in prompts.items()}
-    said = _ask(base, generator, How(greedy, ("\n###",)), model, asked_by, seed)
-    told = {place: _told(said[prompt], task_format) for place, prompt in prompts.items()}
-    answered = {place: instruction for place, instruction in told.items() if instruction}
-    vectors = embed([entries[place].instruction for place in answered] + list(answered.values()))
-    cosines = (vectors[: len(answered)] * vectors[len(answered) :]).sum(-1)  # (2N,C) -> (N,)
-    scores = dict(zip(answered, cosines, strict=True))
+    entry_of_prompt = {prompt: entries[index] for index, prompt in prompts.items()}
+    completions = _generate(base, generator, SamplingParams(greedy, ("\n###",)), model, entry_of_prompt, seed)
+    parsed = {index: _parse_instruction(completions[prompt], task_format) for index, prompt in prompts.items()}
+    reconstructed = {index: instruction for index, instruction in parsed.items() if instruction}
+    vectors = embed([entries[index].instruction for index in reconstructed] + list(reconstructed.values()))
+    cosines = (vectors[: len(reconstructed)] * vectors[len(reconstructed) :]).sum(-1)  # (2N,C) -> (N,)
+    scores = dict(zip(reconstructed, cosines, strict=True))
     drops = []
-    for place in range(len(entries)):
-        if place not in prompts:
-            drops.append(Drop(place, "too_long"))
-        elif place not in answered:
-            drops.append(Drop(place, "no_answer"))
-        elif not scores[place] >= threshold:
-            drops.append(Drop(place, "inconsistent", answered[place], score=float(scores[place])))
+    for index in range(len(entries)):
+        if index not in prompts:
+            drops.append(Drop(index, "too_long"))
+        elif index not in reconstructed:
+            drops.append(Drop(index, "no_answer"))
+        elif not scores[index] >= threshold:
+            drops.append(Drop(index, "inconsistent", reconstructed[index], score=float(scores[index])))
     curated = write_results(base, "consistent", entries, drops, ("inconsistent", "no_answer", "too_long"))
-    print0("  kept at a threshold of " + ", ".join(f"{t}: {int((cosines >= t).sum()):,}" for t in (0.3, 0.5, 0.7, 0.9)))
+    print0(
+        "  records kept at other thresholds: "
+        + ", ".join(f"{t}: {int((cosines >= t).sum()):,}" for t in (0.3, 0.5, 0.7, 0.9))
+    )
     return curated
 
 
-def backwards(shots: Sequence[Task], asked: Task, task_format: TaskFormat) -> str:
-    """The prompt that asks for a task's instruction. With the shot ("Add.", "1 2", "3") and the output "Paris.":
+def reconstruction_prompt(shots: Sequence[Task], task: Task, task_format: TaskFormat) -> str:
+    """The prompt for reconstructing a task's instruction. For the shot ("Add.", "1 2", "3") and the output "Paris.":
 
         Tasks written backwards: first what came out, then the instruction that asked for it.
 
@@ -126,74 +137,74 @@ def backwards(shots: Sequence[Task], asked: Task, task_format: TaskFormat) -> st
         Paris.
         2. Instruction:
 
-    An instruction takes one line, and so does the answer.
+    Instructions of shots are put on one line, and so the model answers with one line.
     """
-    text = _BACKWARDS
-    for number, task in enumerate([*shots, asked], 1):
-        context = f"{number}. {task_format.input}:\n{task.input}\n" if task.input else ""
-        text += f"###\n{context}{number}. {task_format.output}:\n{task.output}\n{number}. {task_format.instruction}:"
+    text = _HEADER
+    for number, shot in enumerate([*shots, task], 1):
+        context = f"{number}. {task_format.input}:\n{shot.input}\n" if shot.input else ""
+        text += f"###\n{context}{number}. {task_format.output}:\n{shot.output}\n{number}. {task_format.instruction}:"
         if number <= len(shots):
-            text += f" {' '.join(task.instruction.split())}\n"
+            text += f" {' '.join(shot.instruction.split())}\n"
     return text
 
 
-def _told(completion: str, task_format: TaskFormat) -> str:
-    """The instruction in a completion; chat models write `2. Instruction:` once more before it."""
+def _parse_instruction(completion: str, task_format: TaskFormat) -> str:
+    """The instruction in a completion; chat models repeat `2. Instruction:` before it."""
     text = re.sub(rf"\A[\W\d]*{re.escape(task_format.instruction)}\s*:", "", completion)
     return text.strip().partition("\n")[0].rstrip()
 
 
-def _ask(
-    base: Path, generator: Generator, how: How, model: str, prompts: dict[str, Entry], seed: int
+def _generate(
+    base: Path, generator: Generator, params: SamplingParams, model: str, prompts: dict[str, Entry], seed: int
 ) -> dict[str, str]:
-    """What the model says to each prompt, from the file as far as it is there.
+    """Prompt -> completion, from the file if present.
 
-    Batches are dealt before it is known what is there, so that a run that was killed goes on with the same ones.
+    Batches are formed from all prompts, those in the file included, so that a resumed run has the same batches.
     """
     file = base.with_name(f"{base.name}.regenerated.jsonl")
-    asked_with = f"{model}, {how.settings.max_length} tokens"
-    keys = {prompt: hashlib.sha256(f"{asked_with}\n{prompt}".encode()).hexdigest() for prompt in prompts}
-    known = _read_answers(file)
-    if done := sum(key in known for key in keys.values()):
-        print0(f"{file}: {done:,} of {len(keys):,} answers are there already (delete the file to ask anew)")
-    asked = list(prompts)
+    settings_key = f"{model}, {params.settings.max_length} tokens"
+    keys = {prompt: hashlib.sha256(f"{settings_key}\n{prompt}".encode()).hexdigest() for prompt in prompts}
+    cache = _read_completions(file)
+    if hits := sum(key in cache for key in keys.values()):
+        print0(f"{file}: reusing {hits:,} of {len(keys):,} completions (delete the file to regenerate them)")
+    texts = list(prompts)
 
-    def keep(batch: list[Prompt], place: int, completions: list[Completion]) -> None:
-        prompt = batch[place].text
-        if keys[prompt] not in known:
-            known[keys[prompt]] = text = completions[0].text if completions else ""  # a server refused it
-            names = {"source": prompts[prompt].source, "instruction": prompts[prompt].instruction}
-            out.write(as_line({**names, "completion": text, "key": keys[prompt]}))
+    def save(batch: list[SeededPrompt], index: int, completions: list[Completion]) -> None:
+        prompt = batch[index].text
+        if keys[prompt] not in cache:
+            cache[keys[prompt]] = text = completions[0].text if completions else ""  # empty: rejected by the server
+            entry = {"source": prompts[prompt].source, "instruction": prompts[prompt].instruction}
+            out.write(to_json_line({**entry, "completion": text, "key": keys[prompt]}))
             out.flush()
 
     base.parent.mkdir(parents=True, exist_ok=True)
-    bar = progress_bar(len(asked), "task", "asking back")
+    bar = progress_bar(len(texts), "task", "regenerating")
     with writing_to(base.parent, "--output_dir"), file.open("a", encoding="utf-8") as out, bar:
-        for places in shard([generator.count(prompt) for prompt in asked], how.settings.request_batch_size):
-            batch = [Prompt(asked[place], seed) for place in places if keys[asked[place]] not in known]
-            found = generator.complete(batch, how, partial(keep, batch)) if batch else []
-            for place, completions in enumerate(found):
-                keep(batch, place, completions)
-            bar.update(len(places))
-    return {prompt: known[key] for prompt, key in keys.items()}
+        for indices in shard([generator.count(prompt) for prompt in texts], params.settings.request_batch_size):
+            batch = [SeededPrompt(texts[index], seed) for index in indices if keys[texts[index]] not in cache]
+            results = generator.complete(batch, params, partial(save, batch)) if batch else []
+            for index, completions in enumerate(results):
+                save(batch, index, completions)
+            bar.update(len(indices))
+    return {prompt: cache[key] for prompt, key in keys.items()}
 
 
-def _read_answers(file: Path) -> dict[str, str]:
-    """Key -> answer. Half a last line, which a kill leaves, is cut off the file."""
+def _read_completions(file: Path) -> dict[str, str]:
+    """Key -> completion. Truncates an incomplete last line, which a kill leaves, from the file."""
     if not file.exists():
         return {}
     content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(file, len(whole))
-    answers = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    complete = content[: content.rfind(b"\n") + 1]
+    if len(complete) < len(content):
+        os.truncate(file, len(complete))
+    completions = {}
+    for number, line in enumerate(complete.splitlines(), 1):
         try:
             values = json.loads(line)
-            answers[values["key"]] = values["completion"]
+            completions[values["key"]] = values["completion"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file}:{number}: not an answer (delete the file to ask anew)") from None
-    return answers
+            raise ValueError(f"{file}:{number}: not a saved completion (delete the file to regenerate all)") from None
+    return completions
 
 
 def _check_threshold(threshold: float) -> None:

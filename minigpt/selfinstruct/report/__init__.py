@@ -1,1 +1,1 @@
-"""The report on a self-instruct run: its data, figures and page."""
+"""The report of a self-instruct run: data, figures and web page."""

@@ -1,7 +1,8 @@
-"""The report's figures, each drawn twice: as SVG for the page and, where matplotlib is, as a PNG for a paper.
+"""The report's figures: as SVG for the page and, if matplotlib is installed, as PNG for a paper.
 
 The sunburst is Self-Instruct's figure 3 (Wang et al. 2022, https://arxiv.org/abs/2212.10560): the most frequent verbs
-inside, their most frequent nouns around them. An SVG takes its colours from the page, and so its light or dark.
+in the inner ring, their most frequent nouns in the outer ring. The SVGs get their colours from the page's CSS, and so
+follow its light or dark theme.
 """
 
 import colorsys
@@ -16,7 +17,7 @@ from minigpt.files import whole_file
 
 
 class Ring(NamedTuple):
-    """A verb of the sunburst: how often it has a noun at all, and its most frequent nouns."""
+    """A verb of the sunburst, the number of tasks that have it with any noun, and its most frequent nouns."""
 
     verb: str
     tasks: int
@@ -28,7 +29,7 @@ class Ring(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """Bars over equal bins from `start` on; the last bin may hold all that is longer (`open_end`)."""
+    """Counts in bins of equal width from `start`; with `open_end` the last bin has no upper bound."""
 
     title: str
     x: str
@@ -38,12 +39,12 @@ class Histogram(NamedTuple):
     bars: list[float]
     name: str
     open_end: bool = False
-    above: Sequence[float] = ()  # a second series, on top of the bars
-    outline: Sequence[float] = ()  # a second series, as a line
-    second: str = ""  # the name of the second series
+    above: Sequence[float] = ()  # second series, stacked on the bars
+    outline: Sequence[float] = ()  # second series, drawn as a line
+    second: str = ""  # name of the second series
 
     def label(self, index: int) -> str:
-        """A bin in words: "10-14", "0.65-0.70", "200 or more"."""
+        """The label of a bin: "10-14", "0.65-0.70", "200 or more"."""
         low, high = self.start + index * self.width, self.start + (index + 1) * self.width
         if self.width < 1:
             return f"{low:.2f}-{high:.2f}"
@@ -53,12 +54,12 @@ class Histogram(NamedTuple):
 
     @property
     def axis(self) -> str:
-        """What stands under the x axis."""
+        """The label of the x axis."""
         return f"{self.x} (last: {self.label(len(self.bars) - 1)})" if self.open_end else self.x
 
 
 class Bars(NamedTuple):
-    """Named counts, the kept tasks first."""
+    """Counts by name; the kept tasks are first."""
 
     title: str
     counts: list[tuple[str, int]]
@@ -67,14 +68,14 @@ class Bars(NamedTuple):
         return count / max(1, sum(count for _, count in self.counts))
 
 
-DPI = 200  # of the PNGs, and their sizes in inches
+DPI = 200  # of the PNGs
 SIZES = {"verbs_nouns.png": (7, 7), "lengths.png": (11, 3), "similarity.png": (6, 3.5), "filters.png": (6, 3)}
 INNER, MIDDLE, OUTER = 68, 190, 315  # radii of the sunburst
-LETTER = 0.56  # mean width of a letter over its height
+LETTER_WIDTH = 0.56  # mean width of a letter, as a fraction of the font size
 
 
 class Sector(NamedTuple):
-    """A piece of a ring; angles in radians, clockwise from the top."""
+    """A segment of a ring; angles in radians, clockwise from the top."""
 
     label: str
     title: str
@@ -90,34 +91,34 @@ class Sector(NamedTuple):
     def middle(self) -> float:
         return (self.begin + self.end) / 2
 
-    def fits(self, size: float) -> str:
-        """The label as far as there is room for letters of this size: whole, cut, or not at all."""
-        letters = int((self.outer - self.inner - 12) / (size * LETTER))
+    def fitted_label(self, size: float) -> str:
+        """The label, truncated to the segment at this font size; empty if no line fits."""
+        letters = int((self.outer - self.inner - 12) / (size * LETTER_WIDTH))
         if (self.end - self.begin) * (self.inner + self.outer) / 2 < size * 1.05:
             return ""
         return self.label if len(self.label) <= letters else self.label[: letters - 1] + "…"
 
 
 def sectors(rings: Sequence[Ring]) -> Iterator[Sector]:
-    """The sunburst's pieces: each verb, followed by its nouns."""
+    """The segments of the sunburst: each verb, followed by its nouns."""
     total = max(1, sum(ring.shown for ring in rings))
-    at = 0
+    offset = 0
     for index, ring in enumerate(rings):
         hue = (index / len(rings) + 0.58) % 1
         title = f"{ring.verb}: {ring.tasks:,} tasks, {ring.shown:,} of them with the nouns shown"
-        begin, end = (2 * math.pi * edge / total for edge in (at, at + ring.shown))
+        begin, end = (2 * math.pi * edge / total for edge in (offset, offset + ring.shown))
         yield Sector(ring.verb, title, ring.verb, "", hue, begin, end, INNER, MIDDLE)
         for noun, count in ring.nouns:
-            begin, end = (2 * math.pi * edge / total for edge in (at, at + count))
+            begin, end = (2 * math.pi * edge / total for edge in (offset, offset + count))
             yield Sector(noun, f"{ring.verb} {noun}: {count:,} tasks", ring.verb, noun, hue, begin, end, MIDDLE, OUTER)
-            at += count
+            offset += count
 
 
 # ---- SVG
 
 
 def svg_sunburst(rings: Sequence[Ring], href: Callable[[str, str], str]) -> str:
-    """The sunburst; a piece links to what `href` says for its verb and its noun."""
+    """The sunburst; each segment links to `href(verb, noun)`."""
     parts = []
     for sector in sectors(rings):
         kind = "noun" if sector.noun else "verb"
@@ -128,19 +129,19 @@ def svg_sunburst(rings: Sequence[Ring], href: Callable[[str, str], str]) -> str:
         )
     for sector in sectors(rings):
         size, kind = (11.5, "noun") if sector.noun else (14, "verb")
-        if text := sector.fits(size):
+        if text := sector.fitted_label(size):
             degrees = math.degrees(sector.middle) - 90
             radius = (sector.inner + sector.outer) / 2
-            upright = f"rotate({degrees:.2f}) translate({radius:.1f})" + " rotate(180)" * (90 < degrees < 270)
-            big = " big" if not sector.noun and sector.fits(24) else ""
-            parts.append(f'<text class="{kind}{big}" transform="{upright}">{escape(text)}</text>')
+            transform = f"rotate({degrees:.2f}) translate({radius:.1f})" + " rotate(180)" * (90 < degrees < 270)
+            big = " big" if not sector.noun and sector.fitted_label(24) else ""
+            parts.append(f'<text class="{kind}{big}" transform="{transform}">{escape(text)}</text>')
     shown = sum(ring.shown for ring in rings)
     parts.append(f'<text class="centre" y="-8">{shown:,}</text><text class="unit" y="16">tasks</text>')
     return _svg("sunburst", "-320 -320 640 640", "Sunburst of verbs and their nouns", "".join(parts))
 
 
 def _arc(sector: Sector) -> str:
-    end = min(sector.end, sector.begin + 2 * math.pi - 1e-4)  # a full circle would begin where it ends
+    end = min(sector.end, sector.begin + 2 * math.pi - 1e-4)  # an arc whose end equals its start is not drawn
 
     def point(angle: float, radius: float) -> str:
         return f"{radius * math.sin(angle):.2f} {-radius * math.cos(angle):.2f}"
@@ -156,31 +157,31 @@ def _arc(sector: Sector) -> str:
 def svg_histogram(chart: Histogram, width: int = 520, height: int = 250) -> str:
     left, right, top, bottom = 52, 12, 12, 44
     ticks = _ticks(_highest(chart))
-    across, down = (width - left - right) / len(chart.bars), (height - top - bottom) / ticks[-1]
+    bin_width, y_scale = (width - left - right) / len(chart.bars), (height - top - bottom) / ticks[-1]
     floor = height - bottom
     parts = []
     for tick in ticks:
-        y = floor - tick * down
+        y = floor - tick * y_scale
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{width - right}"/>')
         parts.append(f'<text class="tick end" x="{left - 6}" y="{y:.1f}">{tick:,g}</text>')
     for index, value in enumerate(chart.bars):
-        x, more = left + index * across, chart.above[index] if chart.above else 0
-        title = f"{chart.label(index)} {chart.x}: {_told(value)} {chart.name}" + (
-            f", {_told(more)} {chart.second}" if chart.above else ""
+        x, stacked = left + index * bin_width, chart.above[index] if chart.above else 0
+        title = f"{chart.label(index)} {chart.x}: {_format_count(value)} {chart.name}" + (
+            f", {_format_count(stacked)} {chart.second}" if chart.above else ""
         )
-        for kind, y, h in (("bar", value, value), ("bar above", value + more, more)):
+        for kind, y, h in (("bar", value, value), ("bar above", value + stacked, stacked)):
             if h:
                 parts.append(
-                    f'<rect class="{kind}" x="{x + 0.7:.1f}" y="{floor - y * down:.1f}" width="{across - 1.4:.1f}" '
-                    f'height="{h * down:.1f}"><title>{escape(title)}</title></rect>'
+                    f'<rect class="{kind}" x="{x + 0.7:.1f}" y="{floor - y * y_scale:.1f}" '
+                    f'width="{bin_width - 1.4:.1f}" height="{h * y_scale:.1f}"><title>{escape(title)}</title></rect>'
                 )
     if chart.outline:
-        steps = [f"H{left + i * across:.1f}V{floor - v * down:.1f}" for i, v in enumerate(chart.outline)]
+        steps = [f"H{left + i * bin_width:.1f}V{floor - v * y_scale:.1f}" for i, v in enumerate(chart.outline)]
         parts.append(f'<path class="outline" d="M{left} {floor}{"".join(steps)}H{width - right}V{floor}"/>')
     every = next(step for step in (1, 2, 4, 5, 10) if len(chart.bars) <= 8 * step)
     for index in range(0, len(chart.bars), every):
-        at = f"{chart.start + index * chart.width:,g}"
-        parts.append(f'<text class="tick mid" x="{left + index * across:.1f}" y="{floor + 14}">{at}</text>')
+        label = f"{chart.start + index * chart.width:,g}"
+        parts.append(f'<text class="tick mid" x="{left + index * bin_width:.1f}" y="{floor + 14}">{label}</text>')
     parts.append(
         f'<text class="axis mid" x="{(left + width - right) / 2}" y="{height - 8}">{escape(chart.axis)}</text>'
     )
@@ -199,8 +200,8 @@ def svg_bars(chart: Bars, width: int = 520) -> str:
         parts.append(f'<text class="name end" x="{left - 8}" y="{y + 11}">{escape(name)}</text>')
         kind = "bar" if index == 0 else "bar above"
         parts.append(f'<rect class="{kind}" x="{left}" y="{y}" width="{max(1.0, length):.1f}" height="22"/>')
-        told = f"{count:,} ({chart.share(count):.1%})"
-        parts.append(f'<text class="tick" x="{left + length + 6:.1f}" y="{y + 11}">{told}</text>')
+        label = f"{count:,} ({chart.share(count):.1%})"
+        parts.append(f'<text class="tick" x="{left + length + 6:.1f}" y="{y + 11}">{label}</text>')
     return _svg("bars", f"0 0 {width} {row * len(chart.counts)}", chart.title, "".join(parts))
 
 
@@ -214,24 +215,24 @@ def _highest(chart: Histogram) -> float:
 
 
 def _ticks(highest: float) -> list[float]:
-    """Four or five round numbers from 0 to at least the highest."""
+    """Tick values at a round step (1, 2, 2.5, 5, 10 times a power of ten) from 0 to at least the highest value."""
     step = 10.0 ** math.floor(math.log10(max(highest, 1) / 4))
     step = next(step * factor for factor in (1, 2, 2.5, 5, 10) if step * factor * 5 >= highest)
     step = max(step, 1) if highest > 4 else step
     return [step * index for index in range(max(1, math.ceil(highest / step)) + 1)]
 
 
-def _told(value: float) -> str:
+def _format_count(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.1f}% of"
 
 
 # ---- PNG
 
 
-def draw_pictures(
-    folder: Path, rings: Sequence[Ring], lengths: Sequence[Histogram], near: Histogram, ends: Bars
+def draw_pngs(
+    folder: Path, rings: Sequence[Ring], lengths: Sequence[Histogram], similarity: Histogram, verdicts: Bars
 ) -> bool:
-    """Writes the four PNGs into `folder`. False without matplotlib."""
+    """Writes the four PNGs to `folder`. Returns False if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -239,42 +240,42 @@ def draw_pictures(
         return False
 
     @contextmanager
-    def picture(name: str) -> Iterator[Figure]:
+    def png(name: str) -> Iterator[Figure]:
         figure = Figure(figsize=SIZES[name], layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
         with whole_file(folder / name) as path:
             figure.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
 
-    with picture("verbs_nouns.png") as figure:
-        _picture_of_rings(figure.subplots(), rings)
-    with picture("lengths.png") as figure:
+    with png("verbs_nouns.png") as figure:
+        _draw_sunburst(figure.subplots(), rings)
+    with png("lengths.png") as figure:
         for axes, chart in zip(figure.subplots(1, len(lengths)), lengths, strict=True):
-            _picture_of_bins(axes, chart)
+            _draw_histogram(axes, chart)
             axes.set_title(chart.title)
-    with picture("similarity.png") as figure:
-        _picture_of_bins(figure.subplots(), near)
-    with picture("filters.png") as figure:
-        _picture_of_bars(figure.subplots(), ends)
+    with png("similarity.png") as figure:
+        _draw_histogram(figure.subplots(), similarity)
+    with png("filters.png") as figure:
+        _draw_bars(figure.subplots(), verdicts)
     return True
 
 
-def _picture_of_rings(axes: Any, rings: Sequence[Ring]) -> None:
+def _draw_sunburst(axes: Any, rings: Sequence[Ring]) -> None:
     from matplotlib.patches import Wedge
 
     for sector in sectors(rings):
         begin, end = (90 - math.degrees(angle) for angle in (sector.end, sector.begin))
         colour = colorsys.hls_to_rgb(sector.hue, 0.84 if sector.noun else 0.72, 0.6)
-        thick = sector.outer - sector.inner
-        axes.add_patch(Wedge((0, 0), sector.outer, begin, end, width=thick, facecolor=colour, edgecolor="white"))
-        if text := sector.fits(10 if sector.noun else 12):
-            turn = (begin + end) / 2
+        thickness = sector.outer - sector.inner
+        axes.add_patch(Wedge((0, 0), sector.outer, begin, end, width=thickness, facecolor=colour, edgecolor="white"))
+        if text := sector.fitted_label(10 if sector.noun else 12):
+            angle = (begin + end) / 2
             radius = (sector.inner + sector.outer) / 2
             axes.text(
-                radius * math.cos(math.radians(turn)),
-                radius * math.sin(math.radians(turn)),
+                radius * math.cos(math.radians(angle)),
+                radius * math.sin(math.radians(angle)),
                 text.replace("$", r"\$"),
-                rotation=turn + 180 * (90 < turn % 360 < 270),
+                rotation=angle + 180 * (90 < angle % 360 < 270),
                 rotation_mode="anchor",
                 ha="center",
                 va="center",
@@ -284,13 +285,13 @@ def _picture_of_rings(axes: Any, rings: Sequence[Ring]) -> None:
     axes.axis("off")
 
 
-def _picture_of_bins(axes: Any, chart: Histogram) -> None:
+def _draw_histogram(axes: Any, chart: Histogram) -> None:
     edges = [chart.start + index * chart.width for index in range(len(chart.bars) + 1)]
     widths = [chart.width] * len(chart.bars)
     axes.bar(edges[:-1], chart.bars, widths, align="edge", color="tab:blue", edgecolor="white", label=chart.name)
     if chart.above:
-        more = {"bottom": chart.bars, "align": "edge", "color": "tab:orange", "edgecolor": "white"}
-        axes.bar(edges[:-1], chart.above, widths, label=chart.second, **more)
+        style = {"bottom": chart.bars, "align": "edge", "color": "tab:orange", "edgecolor": "white"}
+        axes.bar(edges[:-1], chart.above, widths, label=chart.second, **style)
     if chart.outline:
         axes.stairs(chart.outline, edges, color="tab:orange", linewidth=1.5, label=chart.second)
     if chart.second:
@@ -300,7 +301,7 @@ def _picture_of_bins(axes: Any, chart: Histogram) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _picture_of_bars(axes: Any, chart: Bars) -> None:
+def _draw_bars(axes: Any, chart: Bars) -> None:
     names, counts = zip(*chart.counts, strict=True)
     bars = axes.barh(names, counts, color=["tab:blue", *["tab:orange"] * (len(names) - 1)])
     axes.bar_label(bars, [f" {count:,} ({chart.share(count):.1%})" for count in counts])

@@ -1,8 +1,9 @@
-"""What came of a bootstrap run, as one page that needs nothing else: `report.html` in its `--batch_dir`.
+"""Writes the report of a bootstrap run: `report.html` in its `--batch_dir`, a page without external resources.
 
-It holds what Self-Instruct shows of its data (Wang et al. 2022, https://arxiv.org/abs/2212.10560, figures 3 to 5):
-verbs and nouns, lengths, similarity; then what each filter dropped, the most and the least novel tasks, and every kept
-task, to search in. The same files give the same bytes. `report/*.png` are the figures for a paper, where matplotlib is.
+It shows the figures of Self-Instruct (Wang et al. 2022, https://arxiv.org/abs/2212.10560, figures 3 to 5): verbs and
+nouns, lengths, similarity; then examples dropped by each filter, the most and least novel tasks, and a searchable table
+of all kept tasks. The same run files give the same bytes. With matplotlib, the figures are also written to
+`report/*.png`, for a paper.
 """
 
 import base64
@@ -18,70 +19,76 @@ from string import Template
 from minigpt.distributed import print0
 from minigpt.files import whole_file, writing_to
 from minigpt.selfinstruct.filters import Filters
-from minigpt.selfinstruct.report.figures import Histogram, Ring, draw_pictures, svg_bars, svg_histogram, svg_sunburst
+from minigpt.selfinstruct.report.figures import Histogram, Ring, draw_pngs, svg_bars, svg_histogram, svg_sunburst
 from minigpt.selfinstruct.report.report_data import (
-    NOUNS,
-    Dropped,
-    Kept,
-    Run,
-    ends,
-    lengths,
-    read_run,
-    rings,
-    similarity,
-    words_of,
+    NOUNS_PER_VERB,
+    DroppedTask,
+    KeptTask,
+    RunData,
+    count_words,
+    length_histograms,
+    read_run_data,
+    similarity_histogram,
+    verb_rings,
+    verdict_bars,
 )
 from minigpt.selfinstruct.report.verb_noun import verb_noun
 
-REPORT, PICTURES = "report.html", "report"
+REPORT, PNG_FOLDER = "report.html", "report"
 WEB = Path(__file__).parent / "web"
 EXTREMES = 10  # most novel, least novel
-SHORT = 180  # characters of a text before it is folded
+FOLD_LENGTH = 180  # characters; longer texts are folded
 
-WHY = {
+REASONS = {
     "length": "three {unit}s or fewer, or more than 150",
-    "banned_word": "holds one of the --banned_words",
+    "banned_word": "contains one of the --banned_words",
     "programming": "asks for a program or a function",
-    "punctuation": "begins with punctuation",
-    "language": "begins with a character that is not ASCII",
-    "output": "no output, or the input once more",
-    "novelty": "too near, by ROUGE-L, to a seed task or to one kept before",
+    "punctuation": "starts with punctuation",
+    "language": "starts with a non-ASCII character",
+    "output": "output empty, or equal to the input",
+    "novelty": "too similar, by ROUGE-L, to a seed task or an earlier kept task",
 }
-ENDED = {
-    "target": "ended with as many tasks as it was asked for",
-    "max_requests": "ended with its last allowed request",
-    "max_stall": "ended because too many requests in a row brought nothing new",
+END_REASONS = {
+    "target": "reached its target",
+    "max_requests": "ended at its maximum number of requests",
+    "max_stall": "ended after too many consecutive requests without a kept task",
     None: "has not ended yet",
 }
 
 
 def write_report(folder: Path, filters: Filters) -> Path:
-    """Writes `report.html` and, where matplotlib is installed, the PNGs; returns the page's path.
+    """Writes `report.html` and, if matplotlib is installed, the PNGs; returns the path of the page.
 
     Args:
-        filters: those that the run was made with; they tell what it was in a task that was dropped.
+        filters: the filters of the run, used to show why a task was dropped.
 
     Raises:
-        ValueError: `FILE:LINE: what is wrong`; or the folder holds no run.
+        ValueError: `FILE:LINE: what is wrong`; or the folder is not a run folder.
     """
-    run = read_run(folder)
-    page = _page(run, filters).encode("utf-8", errors="backslashreplace")  # a lone surrogate, which JSON may hold
+    run = read_run_data(folder)
+    page = _page(run, filters).encode("utf-8", errors="backslashreplace")  # a lone surrogate from JSON
     with writing_to(folder, "--batch_dir"):
         with whole_file(folder / REPORT) as path:
             path.write_bytes(page)
-        if not draw_pictures(folder / PICTURES, rings(run), lengths(run), similarity(run), ends(run)):
-            print0(f"{'pictures':16} none: they need matplotlib (pip install -c constraints.txt -e '.[plot]')")
+        figures = verb_rings(run), length_histograms(run), similarity_histogram(run), verdict_bars(run)
+        if not draw_pngs(folder / PNG_FOLDER, *figures):
+            print0(f"{'figures':16} no PNGs: they need matplotlib (pip install -c constraints.txt -e '.[plot]')")
     return folder / REPORT
 
 
 # ---- the page
 
 
-def _page(run: Run, filters: Filters) -> str:
+def _page(run: RunData, filters: Filters) -> str:
     style, script, template = (
         (WEB / name).read_text(encoding="utf-8") for name in ("report.css", "report.js", "report.html")
     )
-    sun, bins, near, bars = rings(run), lengths(run), similarity(run), ends(run)
+    rings, lengths, similarity, verdicts = (
+        verb_rings(run),
+        length_histograms(run),
+        similarity_histogram(run),
+        verdict_bars(run),
+    )
     by_score = sorted(run.kept, key=lambda kept: kept.score)
     return Template(template).substitute(
         name=escape(run.name),
@@ -91,38 +98,38 @@ def _page(run: Run, filters: Filters) -> str:
         data=_data(run.kept),
         summary=_summary(run),
         tiles=_tiles(run),
-        sunburst=svg_sunburst(sun, _query) if sun else "<p>There is none.</p>",
-        about=_about(run, sun),
-        pairs=_pairs(sun),
-        lengths="".join(map(_length_figure, bins)),
-        length_facts=_length_facts(run),
-        similarity=svg_histogram(near, 680, 280),
-        similarity_table=_bins_table(near),
-        similarity_facts=_facts(
-            "ROUGE-L", "Tasks", [("Kept", [kept.score for kept in run.kept]), ("Dropped", run.near)], ".2f"
+        sunburst=svg_sunburst(rings, _query) if rings else "<p>None.</p>",
+        about=_verb_noun_summary(run, rings),
+        pairs=_pairs_table(rings),
+        lengths="".join(map(_length_figure, lengths)),
+        length_table=_length_table(run),
+        similarity=svg_histogram(similarity, 680, 280),
+        similarity_table=_bins_table(similarity),
+        similarity_summary=_summary_table(
+            "ROUGE-L", "Tasks", [("Kept", [kept.score for kept in run.kept]), ("Dropped", run.novelty_scores)], ".2f"
         ),
         most_novel=_neighbours(by_score[:EXTREMES]),
         least_novel=_neighbours(by_score[::-1][:EXTREMES]),
-        filters=svg_bars(bars),
+        filters=svg_bars(verdicts),
         dropped="".join(_dropped(run, filters, name, examples) for name, examples in run.dropped.items()),
     )
 
 
-def _summary(run: Run) -> str:
+def _summary(run: RunData) -> str:
     seeds = f" from {len(run.seeds):,} seed tasks" if run.seeds else ""
     kept = f"{len(run.kept):,} instruction{'s' * (len(run.kept) != 1)}"
-    return f"{kept} that a model wrote{seeds}. The run {ENDED[run.statistics.ended]}."
+    return f"{kept} written by a model{seeds}. The run {END_REASONS[run.statistics.ended]}."
 
 
-def _tiles(run: Run) -> str:
+def _tiles(run: RunData) -> str:
     counts = run.statistics
-    pairs = {kept.about[:2] for kept in run.kept if kept.about.noun}
+    pairs = {kept.verb_noun[:2] for kept in run.kept if kept.verb_noun.noun}
     inputs = sum(bool(kept.task.input) for kept in run.kept)
     tiles = [
-        ("kept", f"{counts.kept:,}", f"{_share(counts.kept, counts.tasks)} of what was read"),
+        ("kept", f"{counts.kept:,}", f"{_share(counts.kept, counts.tasks)} of the tasks read"),
         ("tasks read", f"{counts.tasks:,}", f"in {counts.completions:,} completions"),
-        ("requests", f"{counts.requests:,}", f"{counts.kept / max(1, counts.requests):.2f} kept of each"),
-        ("verb-noun pairs", f"{len(pairs):,}", f"different ones, in {len(run.kept):,} tasks"),
+        ("requests", f"{counts.requests:,}", f"{counts.kept / max(1, counts.requests):.2f} kept per request"),
+        ("verb-noun pairs", f"{len(pairs):,}", f"distinct, in {len(run.kept):,} tasks"),
         ("median similarity", f"{median(kept.score for kept in run.kept):.2f}" if run.kept else "-", "ROUGE-L"),
         ("with an input", _share(inputs, len(run.kept)), f"{inputs:,} of the kept tasks"),
     ]
@@ -133,37 +140,38 @@ def _share(part: int, whole: int) -> str:
     return f"{part / max(1, whole):.1%}"
 
 
-def _about(run: Run, sun: Sequence[Ring]) -> str:
+def _verb_noun_summary(run: RunData, rings: Sequence[Ring]) -> str:
     total = len(run.kept)
     kinds = Counter(
-        "pair" if about.noun else "verb" if about.verb else "question" if about.question else "none"
-        for about in (kept.about for kept in run.kept)
+        "pair" if pair.noun else "verb" if pair.verb else "question" if pair.question else "none"
+        for pair in (kept.verb_noun for kept in run.kept)
     )
-    shown = sum(ring.shown for ring in sun)
+    shown = sum(ring.shown for ring in rings)
     text = (
-        f"The {len(sun)} most frequent verbs, and the {NOUNS} most frequent nouns of each: "
+        f"The {len(rings)} most frequent verbs, with the {NOUNS_PER_VERB} most frequent nouns of each: "
         f"{shown:,} of {total:,} tasks ({_share(shown, total)}). "
-        f"A verb and its noun were found in {_share(kinds['pair'], total)} of all tasks, a verb alone in "
-        f"{_share(kinds['verb'], total)}; {_share(kinds['question'], total)} are questions, which have no such verb, "
-        f"and in {_share(kinds['none'], total)} none was found."
+        f"Of all tasks, {_share(kinds['pair'], total)} have a verb and a noun, "
+        f"{_share(kinds['verb'], total)} only a verb; "
+        f"{_share(kinds['question'], total)} are questions, which have no such verb, and in "
+        f"{_share(kinds['none'], total)} no verb was found."
     )
     if run.seeds:
-        known = {verb_noun(seed)[:2] for seed in run.seeds}
-        pairs = {kept.about[:2] for kept in run.kept if kept.about.noun}
-        text += f" {len(pairs - known):,} of the {len(pairs):,} different pairs are in no seed task."
+        seed_pairs = {verb_noun(seed)[:2] for seed in run.seeds}
+        pairs = {kept.verb_noun[:2] for kept in run.kept if kept.verb_noun.noun}
+        text += f" {len(pairs - seed_pairs):,} of the {len(pairs):,} distinct pairs do not occur in the seed tasks."
     return text
 
 
-def _pairs(sun: Sequence[Ring]) -> str:
+def _pairs_table(rings: Sequence[Ring]) -> str:
     rows = [
         (_link(ring.verb), f"{ring.tasks:,}", ", ".join(f"{_link(ring.verb, noun)} {n:,}" for noun, n in ring.nouns))
-        for ring in sun
+        for ring in rings
     ]
     return _table("Verbs and their nouns", ("Verb", "Tasks", "Most frequent nouns"), rows)
 
 
 def _query(verb: str, noun: str = "") -> str:
-    """The address that shows the tasks of a verb, or of a pair, in the table."""
+    """The link that searches the table for a verb, or a verb-noun pair."""
     return f'#q=verb:"{verb}"' + f' noun:"{noun}"' * bool(noun)
 
 
@@ -172,7 +180,7 @@ def _link(verb: str, noun: str = "") -> str:
 
 
 def _table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the cells are HTML."""
+    """An HTML table; the cells are HTML, already escaped."""
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     table = f'<table aria-label="{escape(name)}"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
@@ -187,7 +195,7 @@ def _bins_table(chart: Histogram) -> str:
         for index, values in enumerate(zip(*series))
         if any(values)
     ]
-    return f"<details><summary>The numbers</summary>{_table(chart.title, head, rows)}</details>"
+    return f"<details><summary>Data table</summary>{_table(chart.title, head, rows)}</details>"
 
 
 def _length_figure(chart: Histogram) -> str:
@@ -198,54 +206,57 @@ def _length_figure(chart: Histogram) -> str:
     )
 
 
-def _length_facts(run: Run) -> str:
+def _length_table(run: RunData) -> str:
     texts = (
         ("Seed instructions", run.seeds),
         ("Instructions", [kept.task.instruction for kept in run.kept]),
         ("Inputs", [kept.task.input for kept in run.kept if kept.task.input]),
         ("Outputs", [kept.task.output for kept in run.kept]),
     )
-    return _facts("Words", "Texts", [(name, [words_of(text) for text in some]) for name, some in texts], ",.0f")
+    return _summary_table(
+        "Words", "Texts", [(name, [count_words(text) for text in group]) for name, group in texts], ",.0f"
+    )
 
 
-def _facts(unit: str, count: str, groups: Iterable[tuple[str, Sequence[float]]], digits: str) -> str:
-    """A table of what lies in the middle and at the ends of each group of numbers."""
+def _summary_table(unit: str, count: str, groups: Iterable[tuple[str, Sequence[float]]], digits: str) -> str:
+    """A table of count, minimum, median, mean and maximum of each group of numbers."""
     rows = [
-        (name, f"{len(some):,}", *(format(f(some), digits) for f in (min, median, mean, max)))
-        for name, some in groups
-        if some
+        (name, f"{len(values):,}", *(format(f(values), digits) for f in (min, median, mean, max)))
+        for name, values in groups
+        if values
     ]
-    return _table(f"{unit} in short", (unit, count, "Lowest", "Median", "Mean", "Highest"), rows)
+    return _table(f"{unit}: summary", (unit, count, "Lowest", "Median", "Mean", "Highest"), rows)
 
 
-def _neighbours(tasks: Sequence[Kept]) -> str:
+def _neighbours(tasks: Sequence[KeptTask]) -> str:
     rows = [
         f'<li><span class="score">{kept.score:.2f}</span><div>{_text(kept.task.instruction)}'
-        f"{_beside('nearest', kept.nearest or 'none')}</div></li>"
+        f"{_labelled_text('nearest', kept.nearest or 'none')}</div></li>"
         for kept in tasks
     ]
-    return f'<ol class="tasks">{"".join(rows)}</ol>' if rows else "<p>There is none.</p>"
+    return f'<ol class="tasks">{"".join(rows)}</ol>' if rows else "<p>None.</p>"
 
 
 def _text(text: str) -> str:
-    """A text, folded where it is long."""
-    if len(text) <= SHORT:
+    """A text, folded if it is long."""
+    if len(text) <= FOLD_LENGTH:
         return f'<span class="text">{escape(text)}</span>'
-    head = f'<summary class="text"><span>{escape(text[:SHORT].rstrip())}…</span></summary>'
+    head = f'<summary class="text"><span>{escape(text[:FOLD_LENGTH].rstrip())}…</span></summary>'
     return f'<details class="long">{head}<span class="text">{escape(text)}</span></details>'
 
 
-def _dropped(run: Run, filters: Filters, name: str, examples: Sequence[Dropped]) -> str:
+def _dropped(run: RunData, filters: Filters, name: str, examples: Sequence[DroppedTask]) -> str:
     count = run.statistics.rejected[name]
-    why = WHY[name].format(unit=_unit(filters))
-    head = f"<b>{name}</b> {count:,} ({_share(count, run.statistics.tasks)}) <small>{why}</small>"
+    reason = REASONS[name].format(unit=_unit(filters))
+    head = f"<b>{name}</b> {count:,} ({_share(count, run.statistics.tasks)}) <small>{reason}</small>"
     if not examples:
         return f'<p class="none">{head}</p>'
     items = "".join(
-        f'<li><span class="score">{escape(_reason(filters, name, one))}</span>'
-        f"<div>{_text(one.task.instruction or '(blank)')}"
-        f"{_beside('nearest', one.nearest)}{_beside('input', one.task.input) if name == 'output' else ''}</div></li>"
-        for one in (sorted(examples, key=lambda one: -(one.score or 0)) if name == "novelty" else examples)
+        f'<li><span class="score">{escape(_reason(filters, name, example))}</span>'
+        f"<div>{_text(example.task.instruction or '(blank)')}"
+        f"{_labelled_text('nearest', example.nearest)}"
+        f"{_labelled_text('input', example.task.input) if name == 'output' else ''}</div></li>"
+        for example in (sorted(examples, key=lambda example: -(example.score or 0)) if name == "novelty" else examples)
     )
     return f'<details><summary>{head}</summary><ol class="tasks">{items}</ol></details>'
 
@@ -254,45 +265,46 @@ def _unit(filters: Filters) -> str:
     return "word" if filters.is_spaced else "character"
 
 
-def _reason(filters: Filters, name: str, one: Dropped) -> str:
-    """What it was in this task, as far as the task alone tells."""
-    instruction = one.task.instruction.strip()
+def _reason(filters: Filters, name: str, dropped: DroppedTask) -> str:
+    """Why the filter dropped this task, in a few words: the score, the length, the banned word, ..."""
+    instruction = dropped.task.instruction.strip()
     if name == "novelty":
-        return f"{one.score:.2f}"
+        return f"{dropped.score:.2f}"
     if name == "length":
         count = filters.length(instruction)
         return f"{count} {_unit(filters)}{'s' * (count != 1)}"
     if name == "banned_word":
-        found = filters.banned.search(instruction) if filters.banned else None
-        return found[0] if found else "a word"
+        match = filters.banned.search(instruction) if filters.banned else None
+        return match[0] if match else "a word"
     if name == "output":
-        return "repeated" if one.task.output.strip() else "empty"
+        return "same as input" if dropped.task.output.strip() else "empty"
     return instruction[:1] if name in ("punctuation", "language") else " ".join(instruction.split()[:3])
 
 
-def _beside(name: str, text: str | None) -> str:
+def _labelled_text(name: str, text: str | None) -> str:
     return f'<p class="near"><span>{name}</span> {_text(text)}</p>' if text else ""
 
 
-def _data(kept: Sequence[Kept]) -> str:
-    """The table's columns as JSON that stays data inside a page: no `<` in it ends a script or begins a comment.
+def _data(kept: Sequence[KeptTask]) -> str:
+    """The table's columns as JSON for a <script> element: `<` is escaped, so no text can close the element or open a
+    comment.
 
-    `nearest` is an index of the column of instructions, or, below zero, of `others`: -1 is its first.
+    `nearest` is an index into the column of instructions, or, if negative, into `others`: -1 is its first.
     """
-    place = {one.task.instruction: index for index, one in enumerate(kept)}
+    index_of = {row.task.instruction: index for index, row in enumerate(kept)}
     others: dict[str, int] = {}
     columns = {
-        "instruction": [one.task.instruction for one in kept],
-        "input": [one.task.input for one in kept],
-        "output": [one.task.output for one in kept],
-        "words": [sum(map(words_of, one.task[:3])) for one in kept],
-        "score": [round(one.score, 4) for one in kept],
-        "request": [one.request for one in kept],
-        "verb": [one.about.verb for one in kept],
-        "noun": [one.about.noun for one in kept],
+        "instruction": [row.task.instruction for row in kept],
+        "input": [row.task.input for row in kept],
+        "output": [row.task.output for row in kept],
+        "words": [sum(map(count_words, row.task[:3])) for row in kept],
+        "score": [round(row.score, 4) for row in kept],
+        "request": [row.request for row in kept],
+        "verb": [row.verb_noun.verb for row in kept],
+        "noun": [row.verb_noun.noun for row in kept],
         "nearest": [
-            place[one.nearest] if one.nearest in place else -1 - others.setdefault(one.nearest, len(others))
-            for one in kept
+            index_of[row.nearest] if row.nearest in index_of else -1 - others.setdefault(row.nearest, len(others))
+            for row in kept
         ],
     }
     text = json.dumps({**columns, "others": list(others)}, ensure_ascii=False, separators=(",", ":"))

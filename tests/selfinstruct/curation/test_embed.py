@@ -1,4 +1,4 @@
-"""Sentences as vectors, and the nearest of them: against a double loop, and against transformers."""
+"""Deduplication compared with a double loop, and embeddings compared with transformers."""
 
 import sys
 import tracemalloc
@@ -12,43 +12,44 @@ from minigpt.model.gpt2 import GPT, GPTConfig
 from minigpt.selfinstruct.curation.embed import Embedder, nearest_kept
 from minigpt.selfinstruct.curation.semantic import unique
 
-from .curated import lines, task, write
+from .instruction_files import read_lines, task, write
 
-# ---- the nearest
+# ---- nearest_kept
 
 
-def test_the_example_of_the_docstring():
-    """ArmelRandy's unique_post_processing.py compares with what was dropped too: there the third goes as well."""
+def test_the_docstring_example():
+    """ArmelRandy's unique_post_processing.py also compares with dropped texts, and would drop the third too."""
     vectors = np.array([[1, 0], [0.8, 0.6], [0, 1]], np.float32)
     nearest, cosines = nearest_kept(vectors, 0.5)
     assert nearest.tolist() == [-1, 0, 0]
     assert cosines.tolist() == [-np.inf, np.float32(0.8), 0.0]
-    assert nearest_kept(vectors, 0.8)[0].tolist() == [-1, 0, 0]  # at the threshold is too near
+    assert nearest_kept(vectors, 0.8)[0].tolist() == [-1, 0, 0]  # equal to the threshold is dropped
     assert nearest_kept(vectors, 0.81)[0].tolist() == [-1, 0, 1]
 
 
-def test_of_equally_near_ones_the_first_counts():
+def test_the_first_index_wins_on_ties():
     vectors = np.array([[1, 0], [0, 1], [0.5**0.5, 0.5**0.5]], np.float32)
     assert nearest_kept(vectors, 0.9)[0].tolist() == [-1, 0, 0]
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9, 1.0])
-def test_blocks_give_what_a_double_loop_gives(threshold):
-    vectors = np.random.default_rng(1).normal(size=(1100, 6))  # 4 blocks and a bit; by 0.3 few are kept, by 1 all
+def test_chunks_equal_a_double_loop(threshold):
+    # 4 chunks and a partial one; at 0.3 few are kept, at 1 all
+    vectors = np.random.default_rng(1).normal(size=(1100, 6))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     kept, expected = [], []
-    for place, vector in enumerate(vectors):
-        near = max(((float(vector @ vectors[other]), -other) for other in kept), default=(-np.inf, 1))
-        expected.append((-near[1], near[0]))
-        if near[0] < threshold:
-            kept.append(place)
-    assert min(abs(cosine - threshold) for _, cosine in expected[1:]) > 1e-6  # fp32 takes the same decisions
+    for index, vector in enumerate(vectors):
+        nearest_other = max(((float(vector @ vectors[other]), -other) for other in kept), default=(-np.inf, 1))
+        expected.append((-nearest_other[1], nearest_other[0]))
+        if nearest_other[0] < threshold:
+            kept.append(index)
+    assert min(abs(cosine - threshold) for _, cosine in expected[1:]) > 1e-6  # fp32 rounding changes no decision
     nearest, cosines = nearest_kept(vectors.astype(np.float32), threshold)
-    assert nearest.tolist() == [place for place, _ in expected]
+    assert nearest.tolist() == [index for index, _ in expected]
     np.testing.assert_allclose(cosines, [cosine for _, cosine in expected], atol=1e-6)
 
 
-def test_the_full_matrix_is_never_there():
+def test_the_full_cosine_matrix_is_never_allocated():
     vectors = np.eye(4, dtype=np.float32)[np.arange(8000) % 4]
     distinct = np.random.default_rng(0).normal(size=(8000, 64)).astype(np.float32)
     distinct /= np.linalg.norm(distinct, axis=1, keepdims=True)
@@ -57,7 +58,7 @@ def test_the_full_matrix_is_never_there():
     assert (nearest_kept(distinct, 0.9)[1] < 0.9).all()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 20e6  # 8000 x 8000 in fp32 are 256 MB
+    assert peak < 20e6  # (8000, 8000) fp32 takes 256 MB
 
 
 # ---- embeddings
@@ -65,7 +66,7 @@ def test_the_full_matrix_is_never_there():
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory, sentence_transformers):
-    """A tiny random BERT, as transformers writes it."""
+    """A tiny random BERT, saved by transformers."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("bert")
@@ -102,12 +103,12 @@ TEXTS = [
 ]
 
 
-def test_embeddings_are_mean_hidden_states_whatever_the_batch(bert, sentence_transformers, tmp_path):
+def test_embeddings_are_mean_hidden_states_for_any_batch_size(bert, sentence_transformers, tmp_path):
     from transformers import AutoModel, AutoTokenizer
 
     model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
     expected = []
-    for text in TEXTS:  # one by one: no padding
+    for text in TEXTS:  # one at a time, without padding
         with torch.no_grad():
             mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
         expected.append((mean / mean.norm()).numpy())
@@ -119,8 +120,8 @@ def test_embeddings_are_mean_hidden_states_whatever_the_batch(bert, sentence_tra
     assert Embedder(bert, device="cpu")([]).shape == (0, 0)
 
 
-def test_an_exported_gpt2_can_embed_too(sentence_transformers, tmp_path):
-    """Its tokenizer has no padding token, without which transformers takes no batch."""
+def test_an_exported_gpt2_can_embed(sentence_transformers, tmp_path):
+    """Its tokenizer has no padding token, which transformers needs for a batch."""
     tokenizer = Tokenizer.tiny()
     torch.manual_seed(0)
     eot = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
@@ -136,31 +137,31 @@ def test_an_exported_gpt2_can_embed_too(sentence_transformers, tmp_path):
     np.testing.assert_allclose(Embedder(tmp_path, device="cpu")(TEXTS), expected, atol=1e-5)
 
 
-def test_unique_by_a_real_model(bert, sentence_transformers, tmp_path):
+def test_unique_with_a_real_model(bert, sentence_transformers, tmp_path):
     embed = Embedder(bert, device="cpu")
     records = [task(text) for text in [*TEXTS, *TEXTS]]
     path = write(tmp_path / "a.jsonl", records)
     threshold = float((embed(TEXTS) @ embed(TEXTS).T - 2 * np.eye(5)).max()) + 1e-4
     assert threshold < 0.999 and embed(TEXTS[:1]) @ embed(TEXTS[:1]).T > threshold
     assert unique(str(path), embed, threshold=threshold) == (5, 5, {"similar": 5})
-    assert lines(tmp_path / "a.unique.jsonl") == records[:5]
+    assert read_lines(tmp_path / "a.unique.jsonl") == records[:5]
 
 
-def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
+def test_a_missing_package_is_an_error_with_the_install_command(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match=rf"^{tmp_path}: embeddings need sentence-transformers \(pip"):
         Embedder(tmp_path)
 
 
-def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path}: neither modules.json nor config.json, so this is not"):
+def test_a_folder_without_a_model_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path}: not a model folder: neither modules.json nor"):
         Embedder(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere/to/be: no such folder"):
         Embedder("nowhere/to/be")
 
 
-def test_a_damaged_model_is_one_line(bert, sentence_transformers, tmp_path):
+def test_a_damaged_model_is_a_one_line_error(bert, sentence_transformers, tmp_path):
     (tmp_path / "config.json").write_bytes((bert / "config.json").read_bytes())
     with pytest.raises(ValueError, match=rf"^{tmp_path}: sentence-transformers cannot read it \("):
         Embedder(tmp_path, device="cpu")

@@ -1,4 +1,4 @@
-"""Lint, check by check, and against plain double loops."""
+"""Each check of lint, and all of them compared with double loops."""
 
 import random
 from collections import Counter
@@ -8,13 +8,13 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from minigpt.selfinstruct.curation.lint import lint
 
-from .curated import lines, task, write
+from .instruction_files import read_lines, task, write
 
 
-def found_by_lint(path, **settings) -> Counter:
+def lint_drops(path, **settings) -> Counter:
     lint(str(path), **settings)
     file = path.with_name(f"{path.stem}.lint.dropped.jsonl")
-    return Counter((int(row["source"].rpartition(":")[2]), row["reason"]) for row in lines(file))
+    return Counter((int(row["source"].rpartition(":")[2]), row["reason"]) for row in read_lines(file))
 
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen"
@@ -48,7 +48,7 @@ def test_each_check(tmp_path, capsys):
         task("See it all.", "  ", input="www.example.org", id=4),
     ]
     path = write(tmp_path / "tasks.jsonl", records)
-    assert found_by_lint(path, eval_data=[tmp_path / "test.jsonl"]) == Counter(
+    assert lint_drops(path, eval_data=[tmp_path / "test.jsonl"]) == Counter(
         {
             (2, "empty_output"): 1,
             (3, "link"): 1,
@@ -63,18 +63,19 @@ def test_each_check(tmp_path, capsys):
             (16, "link"): 1,
         }
     )
-    assert lines(tmp_path / "tasks.lint.jsonl") == [records[i - 1] for i in (1, 5, 9, 12, 13, 15)]
-    why = {(row["source"], row["reason"]): row for row in lines(tmp_path / "tasks.lint.dropped.jsonl")}
-    gram = why[f"{path}:8", "evaluation"]
-    assert (gram["nearest"], gram["nearest_source"], gram["score"]) == (LONG, f"{tmp_path}/test.jsonl:2", None)
-    assert why[f"{path}:7", "evaluation"]["nearest_source"] == f"{tmp_path}/test.jsonl:1"
-    near = why[f"{path}:14", "near_duplicate"]
+    assert read_lines(tmp_path / "tasks.lint.jsonl") == [records[i - 1] for i in (1, 5, 9, 12, 13, 15)]
+    drops = {(row["source"], row["reason"]): row for row in read_lines(tmp_path / "tasks.lint.dropped.jsonl")}
+    ngram = drops[f"{path}:8", "evaluation"]
+    assert (ngram["nearest"], ngram["nearest_source"], ngram["score"]) == (LONG, f"{tmp_path}/test.jsonl:2", None)
+    assert drops[f"{path}:7", "evaluation"]["nearest_source"] == f"{tmp_path}/test.jsonl:1"
+    near = drops[f"{path}:14", "near_duplicate"]
     assert (near["nearest"], near["nearest_source"]) == (records[12]["instruction"], f"{path}:13")
     assert (
         near["score"] == RougeScorer(["rougeL"]).score(near["nearest"], near["instruction"])["rougeL"].fmeasure == 0.9
     )
     assert capsys.readouterr().out == (
-        f"{tmp_path}/tasks.lint.jsonl: 6 of 16 records kept; why not the others: {tmp_path}/tasks.lint.dropped.jsonl\n"
+        f"{tmp_path}/tasks.lint.jsonl: 6 of 16 records kept; dropped records and reasons: "
+        f"{tmp_path}/tasks.lint.dropped.jsonl\n"
         f"  empty_output            2  {path}:2, {path}:16\n"
         f"  link                    3  {path}:3, {path}:4, {path}:16\n"
         f"  input_is_output         1  {path}:6\n"
@@ -86,27 +87,27 @@ def test_each_check(tmp_path, capsys):
     )
 
 
-def test_what_goes_itself_takes_nothing_with_it(tmp_path):
-    """The first of two alike has no answer: the second stays."""
+def test_a_dropped_record_does_not_make_others_duplicates(tmp_path):
+    """The first of two equal questions has no answer, so the second is kept."""
     path = write(tmp_path / "a.jsonl", [task("Say hi.", ""), task("Say hi.", "Hi."), task("Say hi.", "Ho.")])
-    assert found_by_lint(path) == {(1, "empty_output"): 1, (3, "repeated"): 1}
+    assert lint_drops(path) == {(1, "empty_output"): 1, (3, "repeated"): 1}
 
 
-def test_one_empty_answer_of_several_is_one(tmp_path):
+def test_a_record_with_one_empty_output_of_several_is_dropped_once(tmp_path):
     instances = [{"input": "a", "output": "A."}, {"input": "b", "output": ""}]
     path = write(tmp_path / "a.jsonl", [{"instruction": "Say it.", "instances": instances}])
-    assert found_by_lint(path) == {(1, "empty_output"): 1}
+    assert lint_drops(path) == {(1, "empty_output"): 1}
 
 
-def test_neighbours_in_any_script(tmp_path):
-    """rouge_score's own tokens are a-z and 0-9: by them no two Chinese questions have anything in common."""
+def test_near_duplicates_in_any_script(tmp_path):
+    """With rouge_score's tokens, a-z and 0-9, Chinese questions have nothing in common."""
     path = write(tmp_path / "a.jsonl", [task("请写一首关于猫的短诗。"), task("请写一首关于狗的短诗!")])
-    assert found_by_lint(path) == {(2, "near_duplicate"): 1}
+    assert lint_drops(path) == {(2, "near_duplicate"): 1}
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_lint_gives_what_plain_loops_give(tmp_path, seed):
-    """Short texts over few words, so that everything occurs: repeats, neighbours, runs of 13 words."""
+def test_lint_equals_double_loops(tmp_path, seed):
+    """Short texts over three words, so that duplicates, near duplicates and shared 13-grams all occur."""
     random_ = random.Random(seed)
 
     def text(low, high):
@@ -116,17 +117,17 @@ def test_lint_gives_what_plain_loops_give(tmp_path, seed):
         return task(text(0, 9), text(0, longest), input=random_.choice(["", text(1, 3)]))
 
     records = [record(20) for _ in range(150)]
-    exam = [record(16) for _ in range(8)] + [task(text(5, 9), row["output"] + " cc") for row in records[:20]]
-    path, test_path = write(tmp_path / "a.jsonl", records), write(tmp_path / "exam.jsonl", exam)
+    evaluation = [record(16) for _ in range(8)] + [task(text(5, 9), row["output"] + " cc") for row in records[:20]]
+    path, eval_path = write(tmp_path / "a.jsonl", records), write(tmp_path / "eval.jsonl", evaluation)
 
     def question(row):
         return " ".join(f"{row['instruction']} {row['input']}".split())
 
-    def has_run(row, other):
-        for mine in (question(row).split(), row["output"].split()):
-            for theirs in (question(other).split(), other["output"].split()):
-                for i in range(len(mine) - 12):
-                    if any(mine[i : i + 13] == theirs[j : j + 13] for j in range(len(theirs) - 12)):
+    def shares_ngram(row, other):
+        for words in (question(row).split(), row["output"].split()):
+            for other_words in (question(other).split(), other["output"].split()):
+                for i in range(len(words) - 12):
+                    if any(words[i : i + 13] == other_words[j : j + 13] for j in range(len(other_words) - 12)):
                         return True
         return False
 
@@ -138,7 +139,7 @@ def test_lint_gives_what_plain_loops_give(tmp_path, seed):
             reasons.append("empty_output")
         if row["input"] and row["input"] == row["output"]:
             reasons.append("input_is_output")
-        if any(question(row) == question(other) or has_run(row, other) for other in exam):
+        if any(question(row) == question(other) or shares_ngram(row, other) for other in evaluation):
             reasons.append("evaluation")
         if not reasons:
             if any((row["instruction"], row["input"]) == (k["instruction"], k["input"]) for k in kept):
@@ -148,6 +149,6 @@ def test_lint_gives_what_plain_loops_give(tmp_path, seed):
             else:
                 kept.append(row)
         expected.update((line, reason) for reason in reasons)
-    assert found_by_lint(path, eval_data=str(test_path), threshold=0.8) == expected
-    assert lines(tmp_path / "a.lint.jsonl") == kept
+    assert lint_drops(path, eval_data=str(eval_path), threshold=0.8) == expected
+    assert read_lines(tmp_path / "a.lint.jsonl") == kept
     assert {reason for _, reason in expected} >= {"empty_output", "evaluation", "repeated", "near_duplicate"}

@@ -1,4 +1,4 @@
-"""The verb and the noun of an instruction: what the rules are meant to do. The module says how often they are right."""
+"""Intended behaviour of the verb and noun rules. Their measured accuracy is in the module's docstring."""
 
 import pytest
 
@@ -25,12 +25,12 @@ from minigpt.selfinstruct.report.verb_noun import VERBS, VerbNoun, verb_noun
         ("Converting the sum to dollars.", "convert", "sum"),
         ("Try to explain the joke.", "explain", "joke"),
         ("Briefly describe the weather in Lima.", "describe", "weather"),
-        ("Frobnicate the widgets.", "frobnicate", "widget"),  # a verb that is in no list
-        # phrasal verbs, and particles that belong to none
+        ("Frobnicate the widgets.", "frobnicate", "widget"),  # a verb missing from the list
+        # phrasal verbs, and particles that are not part of one
         ("Come up with a funny, clever name for a cat.", "come up with", "name"),
         ("Fill in the blank.", "fill in", "blank"),
         ("Write down the steps.", "write", "step"),
-        # where the noun phrase ends
+        # the end of the noun phrase
         ("Rewrite the sentence using a simile.", "rewrite", "sentence"),
         ("Write a letter describing the house.", "write", "letter"),
         ("Write a speech praising a friend's courage.", "write", "speech"),
@@ -65,27 +65,27 @@ def test_a_request(instruction, verb, noun):
     "instruction",
     ["What is the capital of France?", "In your opinion, how would you explain the tides?", "Is a whale a fish?"],
 )
-def test_a_question_has_no_verb_of_its_own(instruction):
+def test_a_question_has_no_verb(instruction):
     assert verb_noun(instruction) == VerbNoun(question=True)
 
 
 @pytest.mark.parametrize("instruction", ["", "...", "Answer: yes", "The cat sat on the mat.", "写一首关于春天的诗。"])
-def test_what_asks_for_nothing_that_the_rules_know(instruction):
+def test_texts_without_a_request(instruction):
     assert verb_noun(instruction) == VerbNoun()
 
 
-def test_the_examples_of_the_docstring():
-    given = "Given two cocktails, could you please come up with some short, funny names for them?"
-    assert verb_noun(given) == VerbNoun("come up with", "name")
+def test_the_docstring_example():
+    instruction = "Given two cocktails, could you please come up with some short, funny names for them?"
+    assert verb_noun(instruction) == VerbNoun("come up with", "name")
 
 
-def test_a_long_text_costs_no_more_than_its_beginning():
-    """An instruction may hold a whole article, or one endless line of signs."""
+def test_only_the_start_of_a_long_text_is_read():
+    """An instruction may contain a whole article, or a very long run of one character."""
     for text in ("Summarize the text: " + "word " * 100_000, "Count the signs " + "'" * 100_000):
         assert verb_noun(text).verb in ("summarize", "count")
 
 
-def test_the_list_of_verbs_is_in_order():
+def test_the_list_of_verbs_is_sorted_and_normalized():
     verbs = VERBS.read_text(encoding="utf-8").splitlines()[1:]
     assert verbs == sorted(set(verbs))
     assert all(verb == verb.lower().strip() for verb in verbs)

@@ -1,4 +1,4 @@
-"""Who writes tasks in these tests: a generator of plausible text, and a model that babbles in the shape of a list."""
+"""Fake task writers: a generator of plausible text, and a tiny model that samples words in the layout of a list."""
 
 import random
 import re
@@ -9,7 +9,7 @@ import torch
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.model.gpt2 import GPT, GPTConfig
-from minigpt.selfinstruct.generators import Completion, How, OnArrival, Prompt
+from minigpt.selfinstruct.generators import Completion, OnCompletion, SamplingParams, SeededPrompt
 
 VERBS = re.findall(
     r"\w+", "Describe Explain Compare List Suggest Translate Summarize Invent Rank Rewrite Imagine Defend"
@@ -23,51 +23,53 @@ WORDS = re.findall(
 
 
 def plausible(prompt: str, seed: int) -> Completion:
-    """Continues a list of tasks as a good model does, with a few that some filter drops and an end that is cut."""
+    """Continues a list of tasks like a good model: a few tasks fail a filter, and the last one is truncated."""
     rng = random.Random(seed)
     number = int(re.findall(r"(\d+)\. \w+:$", prompt)[0])
     with_input = "\n1. Input:" in prompt
     text = ""
-    for place in range(number, number + rng.randint(2, 5)):
+    for position in range(number, number + rng.randint(2, 5)):
         instruction = " ".join([rng.choice(VERBS), "the", *rng.sample(WORDS, rng.randint(5, 9))]) + "."
         instruction = rng.choice([instruction] * 12 + ["Say hi.", "Write a program that sorts.", "Draw " + instruction])
         context = rng.choice(["<noinput>", " ".join(rng.sample(WORDS, 4))])
         text += f" {instruction}\n"
-        text += f"{place}. Input:\n{context}\n" if with_input else ""
-        text += f"{place}. Output:\nIt is about {' and '.join(rng.sample(WORDS, 3))}.\n###\n{place + 1}. Instruction:"
+        text += f"{position}. Input:\n{context}\n" if with_input else ""
+        text += (
+            f"{position}. Output:\nIt is about {' and '.join(rng.sample(WORDS, 3))}.\n###\n{position + 1}. Instruction:"
+        )
     return Completion(text + " List the", False)
 
 
 class Scripted:
-    """A generator without a model: what it writes depends on the seed, as it does for a model."""
+    """A generator without a model. As with a model, a completion depends on prompt and seed only."""
 
     def __init__(self, write=plausible, context: int = 100_000):
         self.write, self.context = write, context
-        self.asked: list[Prompt] = []
+        self.prompts: list[SeededPrompt] = []
 
     def count(self, text: str) -> int:
         return len(text.split())
 
     def complete(
-        self, prompts: Sequence[Prompt], how: How, on_arrival: OnArrival | None = None
+        self, prompts: Sequence[SeededPrompt], params: SamplingParams, on_completion: OnCompletion | None = None
     ) -> list[list[Completion]]:
-        self.asked += prompts
-        n = how.settings.num_return_sequences
-        return [[self.write(text, seed + place) for place in range(n)] for text, seed in prompts]
+        self.prompts += prompts
+        n = params.settings.num_return_sequences
+        return [[self.write(text, seed + index) for index in range(n)] for text, seed in prompts]
 
 
-def babbler(tokenizer: Tokenizer, context: int = 256) -> GPT:
-    """A model whose next token depends on its last one alone: words, then `\\nOutput:`, words, and the end.
+def random_text_model(tokenizer: Tokenizer, context: int = 256) -> GPT:
+    """A bigram model as a GPT: random words, then `\\nOutput:`, words, and end-of-text.
 
-    One layer without attention. Each of the few tokens that it knows has a direction of its own; the MLP sees in which
-    one the last token lies, and adds those of the tokens that may follow.
+    One layer whose attention is zero. Each known token has its own embedding dimension; the MLP detects the dimension
+    of the last token and adds those of its possible successors.
     """
     texts = [(tokenizer.decode([token]), token) for token in range(tokenizer.eot_id)]
     words = [token for text, token in texts if re.fullmatch(r" [a-z]{4,}", text)][::20][:40]
     marker = tokenizer.encode("\nOutput:")
-    follows = {word: [*random.Random(word).sample(words, 12), marker[0], tokenizer.eot_id] for word in words}
-    follows |= {token: [after] for token, after in pairwise(marker)} | {marker[-1]: words[:12]}
-    known = [*follows, tokenizer.eot_id]
+    successors = {word: [*random.Random(word).sample(words, 12), marker[0], tokenizer.eot_id] for word in words}
+    successors |= {token: [successor] for token, successor in pairwise(marker)} | {marker[-1]: words[:12]}
+    known = [*successors, tokenizer.eot_id]
     width = 64
     config = GPTConfig(
         tokenizer.vocab_size,
@@ -86,8 +88,8 @@ def babbler(tokenizer: Tokenizer, context: int = 256) -> GPT:
         model.wte.weight[known, range(len(known))] = 1.0
         mlp = model.h[0].mlp
         mlp.c_fc.weight[:width] = torch.eye(width)
-        mlp.c_fc.bias.fill_(-5.0)  # so that the others are silent
-        for token, nexts in follows.items():
-            mlp.c_proj.weight[[known.index(one) for one in nexts], known.index(token)] = 10.0
+        mlp.c_fc.bias.fill_(-5.0)  # all other tokens stay below the activation
+        for token, nexts in successors.items():
+            mlp.c_proj.weight[[known.index(successor) for successor in nexts], known.index(token)] = 10.0
         model.ln_f.weight.fill_(10.0)
     return model

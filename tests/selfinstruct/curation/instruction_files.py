@@ -1,12 +1,12 @@
-"""Instruction files to curate, and vectors whose cosine a test can foresee."""
+"""Instruction files for the tests, and embeddings with a predictable cosine."""
 
 import json
 
 import numpy as np
 
 
-def letters(texts) -> np.ndarray:
-    """How often each letter stands in a text, as a unit vector: near where the letters are the same."""
+def embed_letters(texts) -> np.ndarray:
+    """Letter counts as unit vectors: texts with the same letters have cosine 1."""
     counts = np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
     counts = counts.reshape(-1, 26)
     return counts / np.linalg.norm(counts, axis=1, keepdims=True)
@@ -21,5 +21,5 @@ def write(path, records):
     return path
 
 
-def lines(path) -> list[dict]:
+def read_lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
