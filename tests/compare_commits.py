@@ -77,10 +77,12 @@ class Failed(Exception):
     """A command ended otherwise than it must."""
 
 
-RUN = "--learning_rate 1e-2 --max_steps 10 --eval_steps 4 --per_device_train_batch_size 3 --max_new_tokens 8"
+# --logging_steps 1, because otherwise one line more is printed once five seconds have passed.
+TRAIN = "--learning_rate 1e-2 --logging_steps 1"
+RUN = f"{TRAIN} --max_steps 10 --eval_steps 4 --per_device_train_batch_size 3 --max_new_tokens 8"
 SFT = f"sft.py --model_name_or_path model --data train.json --validation_data held.json --template iio {RUN}"
 PREDICT = "sft.py --model_name_or_path model --template alpaca-short --max_new_tokens 12"
-TEXT = "train.py --config_name model --tokenizer_name tiny --data corpus.txt --block_size 32 --learning_rate 1e-2"
+TEXT = f"train.py --config_name model --tokenizer_name tiny --data corpus.txt --block_size 32 {TRAIN}"
 TASKS = "selfinstruct.py --model_name_or_path babbler --format io --seed_tasks_path seeds.jsonl --max_length 60"
 CHAT = "chat.py --template hugchat --max_new_tokens 16"
 TALK = "Say it twice.\nAnd again, 日本?\n/params temperature 0.9 top_k 40 top_p 0.95 seed 3\nOnce more!\n/retry\n"
@@ -130,10 +132,7 @@ CASES = {
     "selfinstruct": Case(
         [
             Command(f"{TASKS} --num_instructions_to_generate 12 --batch_dir tasks"),
-            Command(
-                f"{TASKS} --num_instructions_to_generate 1 --num_beams 2 --quantize int8 --max_requests 8 "
-                "--batch_dir beams"
-            ),
+            Command(f"{TASKS} --num_beams 2 --quantize int8 --max_requests 4 --batch_dir beams", code=1),  # keeps none
             Command(
                 "selfinstruct.py --curate lint --data tasks/machine_generated_instructions.jsonl --output_dir lint"
             ),

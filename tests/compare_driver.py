@@ -51,7 +51,7 @@ def inputs() -> None:
         model = GPT(GPTConfig(tokenizer.vocab_size, **shape, **dropouts, **ends))  # type: ignore[arg-type]
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += 0.2 * torch.randn_like(parameter)
+                parameter.add_(0.2 * torch.randn_like(parameter))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder, 96)
     writers = runpy.run_path(str(Path(__file__).parent / "selfinstruct" / "writers.py"))
@@ -119,7 +119,8 @@ def gradients() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             nll_sum, n_tokens = model(idx, targets)
         (nll_sum / n_tokens).backward()
-        save_file({key: p.grad.contiguous() for key, p in model.named_parameters()}, f"{name}.safetensors")
+        grads = {key: p.grad.contiguous() for key, p in model.named_parameters() if p.grad is not None}
+        save_file(grads, f"{name}.safetensors")
 
 
 def steps() -> None:
@@ -136,7 +137,7 @@ def answers(folder: str) -> None:
     """The ids that `generate` and `stream` give: greedy, drawn, by beams, and with what ends them early."""
     tokenizer = Tokenizer.from_pretrained(folder)
     prompts, eos_id = [tokenizer.encode(text) for text in TEXTS], tokenizer.eot_id
-    drawn = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 7}
+    drawn: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 7}
     ways: dict[str, dict[str, Any]] = {
         "greedy": {},
         "drawn": {**drawn, "num_return_sequences": 2, "eos_id": eos_id},
@@ -161,22 +162,23 @@ def _batch(model: GPT) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _train(model_folder: str, output_dir: str, settings: dict[str, Any]) -> None:
     tokenizer, template = Tokenizer.from_pretrained(model_folder), get_template("iio")
-    sets = [
-        [encode_example(one, template, tokenizer, 64) for one in read_records([name])]
+    train_data, eval_data = (
+        [example for one in read_records([name]) if (example := encode_example(one, template, tokenizer, 64))]
         for name in ("train.json", "held.json")
-    ]
+    )
     config = TrainConfig(
         **{"per_device_train_batch_size": 6, **settings},
         output_dir=output_dir,
         max_steps=10,
         save_steps=5,
         eval_steps=4,
+        logging_steps=1,
         learning_rate=1e-2,
         warmup_steps=2,
     )
     model = GPT.from_pretrained(model_folder)
     engine = make_engine(model, config)
-    train(config, engine, *sets, export=lambda weights, to: model.save_pretrained(to, weights))  # type: ignore[arg-type]
+    train(config, engine, train_data, eval_data, export=lambda weights, to: model.save_pretrained(to, weights))
     engine.close()
 
 
