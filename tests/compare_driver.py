@@ -54,7 +54,7 @@ def inputs() -> None:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder, 96)
-    writers = runpy.run_path(str(Path(__file__).parent / "selfinstruct" / "writers.py"))
+    writers = runpy.run_path(str(Path(__file__).parent / "selfinstruct" / "fake_generators.py"))
     writers["babbler"](tokenizer).save_pretrained("babbler")
     tokenizer.save_pretrained("babbler", 256)
 

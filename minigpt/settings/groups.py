@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")  # names under which a machine reaches itself, and nobody else it
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # addresses that only this machine can reach
 
 
 @dataclass
@@ -22,9 +22,9 @@ class ModelArguments:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     tokenizer_name: str | None = None
-    """Folder, hub id or .tiktoken file, or tiny for the small vocabulary that comes along. Unset: the model's own."""
+    """Folder, hub id or .tiktoken file, or tiny for the small bundled vocabulary. Unset: the model's own."""
     device: str | None = None
-    """cuda, cpu or mps. Unset: the best there is."""
+    """cuda, cpu or mps. Unset: the fastest available."""
 
 
 @dataclass
@@ -34,11 +34,11 @@ class DataArguments:
     data: list[str] = field(default_factory=list)
     """Files, folders, globs or hf://datasets/OWNER/NAME/FILE, in any of the known formats."""
     validation_data: list[str] = field(default_factory=list)
-    """Data to evaluate on. Unset: a part of data, see validation_split."""
+    """Data to evaluate on. Unset: a fraction of data, see validation_split."""
     validation_split: float = 0.05
-    """The part of data that is held out where there is no validation_data; 0 holds out none."""
+    """Fraction of data held out for validation if there is no validation_data; 0 holds out none."""
     skip_bad_records: int = 0
-    """Bad records to pass over, and count, before giving up."""
+    """Skip and count up to this many invalid records; one more is an error."""
     cache_dir: str | None = None
     """Where tokenized data is kept. Unset: ~/.cache/minigpt, or what MINIGPT_CACHE names."""
 
@@ -55,15 +55,15 @@ class PromptArguments:
     """alpaca, alpaca-short, hugchat, input-output, io, iio, none, or a folder that holds a prompt_template.json.
     Unset: the model folder's own, else alpaca; to tune a model of raw text, whose own is none, alpaca too."""
     trigger_instruction: str | None = None
-    """Another word for an instruction than the template's own."""
+    """Replaces the template's trigger word for an instruction."""
     trigger_input: str | None = None
-    """Another word for an input than the template's own."""
+    """Replaces the template's trigger word for an input."""
     trigger_output: str | None = None
-    """Another word for an output than the template's own."""
+    """Replaces the template's trigger word for an output."""
     trigger_human: str | None = None
-    """Another word for the user's turn than the template's own."""
+    """Replaces the template's trigger word for a user turn."""
     trigger_assistant: str | None = None
-    """Another word for the assistant's turn than the template's own."""
+    """Replaces the template's trigger word for an assistant turn."""
 
     @property
     def triggers(self) -> dict[str, str | None]:
@@ -74,20 +74,20 @@ class PromptArguments:
 
 @dataclass
 class SamplingArguments:
-    """How answers are drawn."""
+    """How answers are sampled."""
 
     max_new_tokens: int = 256
-    """Longest answer in tokens; never more than half of the model's context."""
+    """Maximum answer length in tokens, at most half of the model's context."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time; more is livelier."""
+    """0 is greedy decoding; higher values are more random."""
     top_k: int = 0
-    """Draw from the k likeliest tokens only; 0 is all."""
+    """Sample from the k most likely tokens only; 0 means all."""
     top_p: float = 1.0
-    """Draw from the fewest likeliest tokens that together reach this probability."""
+    """Nucleus sampling: sample from the most likely tokens that together have this probability."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that were there before become less likely."""
+    """Above 1: tokens that already occurred become less likely."""
     seed: int | None = None
-    """Fixes the draws."""
+    """Random seed. Unset: different answers each time."""
 
     def __post_init__(self) -> None:
         check_range(self, "at least 1", lambda x: x >= 1, "max_new_tokens")
@@ -100,30 +100,30 @@ class SamplingArguments:
 
 @dataclass
 class QuantizeArguments:
-    """Lighter weights to answer with."""
+    """Quantized weights for inference."""
 
     quantize: Literal["int8", "fp16"] | None = None
-    """Round the weights to answer faster on a CPU. fp16: the same answers except at near ties. int8: rounded further,
-    and the fastest for one conversation. Unset: as they are."""
+    """Quantize the weights for faster inference on a CPU. fp16: the same answers except at near ties. int8: less
+    precise, and the fastest for one conversation. Unset: not quantized."""
 
 
 @dataclass
 class ServeArguments:
-    """A server instead of the terminal: OpenAI's API, and a page to chat (needs the extra serve)."""
+    """Serve OpenAI's API and a chat page instead of the terminal (needs the extra serve)."""
 
     serve: bool = False
-    """Serve until Ctrl-C or SIGTERM. The settings of sampling are for requests that give none."""
+    """Serve until Ctrl-C or SIGTERM. The sampling settings are the defaults of requests."""
     host: str = "127.0.0.1"
-    """Address to listen on. Any but the loopback interface's needs api_key."""
+    """Address to listen on. Any other than loopback needs api_key."""
     port: int = 8000
-    """Port to listen on; 0 is any that is free."""
+    """Port to listen on; 0 picks a free one."""
     api_key: str | None = None
-    """What clients have to send as their key. Unset: MINIGPT_API_KEY of the environment, where other users cannot read
-    it; without either there is none."""
+    """API key that clients must send. Unset: the environment variable MINIGPT_API_KEY, which other users cannot read;
+    without either no key is needed."""
     max_batch_size: int = 8
-    """Answers that run together; the cache for so many is kept."""
+    """Requests generated in one batch; the KV cache is allocated for this many."""
     max_queue: int = 64
-    """Answers that may wait for a place; further requests are sent away with status 429."""
+    """Requests that may wait in the queue; further ones get status 429."""
 
     def __post_init__(self) -> None:
         check_range(self, "at least 1", lambda x: x >= 1, "max_batch_size")
@@ -141,21 +141,21 @@ class ServeArguments:
 
 @dataclass
 class PredictArguments:
-    """Answers: samples at each evaluation, or those to a whole dataset, and no training."""
+    """Sample answers during training, or predictions on a dataset."""
 
     eval_samples: int = 2
-    """Sample answers to show at each evaluation."""
+    """Sample answers to print at each evaluation."""
     max_new_tokens: int = 128
-    """Longest answer in tokens; never more than half of the model's context."""
+    """Maximum answer length in tokens, at most half of the model's context."""
     predict: str | None = None
-    """Answer this dataset; predictions.jsonl, scores.json and a page to look at, predictions.html, go to output_dir."""
+    """Answer this dataset instead of training; predictions.jsonl, scores.json and predictions.html go to output_dir."""
     compare_with: str | None = None
-    """Folder of the same questions' predictions, which the page shows beside these."""
+    """Folder with predictions on the same dataset; predictions.html shows both side by side."""
     judge_api_base: str | None = None
-    """Have the answers marked from 0 to 100 by a model behind OpenAI's API, such as http://127.0.0.1:8000/v1. Its key
+    """OpenAI-compatible server, such as http://127.0.0.1:8000/v1, whose model scores the answers from 0 to 100. The key
     is read from OPENAI_API_KEY."""
     judge_model: str | None = None
-    """That model's name there."""
+    """Name of the judge model on that server."""
 
     def __post_init__(self) -> None:
         if bool(self.judge_api_base) != bool(self.judge_model):
@@ -168,53 +168,53 @@ class PredictArguments:
 
 @dataclass
 class TrainConfig:
-    """What the loop and the optimizer read."""
+    """Training loop and optimizer."""
 
     ALTERNATIVES = ("precision", "bf16", "fp16")  # a flag for one of them replaces all three in a YAML file
 
     output_dir: str | None = None
-    """Folder the run is written to. Unset: runs/SCRIPT."""
+    """Run folder. Unset: runs/SCRIPT."""
     overwrite_output_dir: bool = False
-    """Write into an output_dir that holds a run already; that run is lost."""
+    """Overwrite a run in output_dir; the old run is deleted."""
     resume: str | None = None
-    """latest: go on from the newest checkpoint in output_dir. auto: the same, or start where there is none.
-    A path: go on from that checkpoint."""
+    """latest: resume from the newest checkpoint in output_dir. auto: the same, or start a new run if there is none.
+    A path: resume from that checkpoint."""
     save_steps: int | None = None
-    """Write a checkpoint every so many steps, and after the last. Unset: only when interrupted."""
+    """Write a checkpoint every so many steps and after the last. Unset: only when interrupted."""
     save_total_limit: int | None = None
-    """Keep this many checkpoints, the newest; the best weights are in export-best anyway. Unset: all."""
+    """Keep only this many newest checkpoints; the best weights are in export-best in any case. Unset: all."""
     plan: int | None = None
-    """Print what the run takes on this many GPUs (steps, tokens, memory, disk); then stop."""
+    """Print an estimate for this many GPUs (steps, tokens, memory, disk) and exit."""
     learning_rate: float = 5e-5
     """Peak learning rate of AdamW, reached after the warmup."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warmup."""
+    """Learning rate schedule after the warmup."""
     min_lr_ratio: float = 0.0
-    """Where it ends, as a fraction of learning_rate."""
+    """Final learning rate, as a fraction of learning_rate."""
     warmup_steps: int = 0
-    """Steps over which the learning rate first rises."""
+    """Steps over which the learning rate rises linearly from 0."""
     num_train_epochs: int = 1
     """Passes over the training data."""
     max_steps: int | None = None
-    """Optimizer steps to run; overrides num_train_epochs."""
+    """Number of optimizer steps; overrides num_train_epochs."""
     per_device_train_batch_size: int = 8
-    """Examples of one forward and backward pass, on each device."""
+    """Micro-batch size: examples per forward and backward pass on each device."""
     gradient_accumulation_steps: int = 1
-    """Such passes before each optimizer step."""
+    """Micro-batches per optimizer step."""
     group_by_length: bool = True
-    """Put examples of similar length into one step: less padding."""
+    """Batch examples of similar length: less padding."""
     weight_decay: float = 0.1
-    """Decay of the weight matrices; biases and layer norms have none."""
+    """Weight decay of matrices; biases and layer norms have none."""
     adam_beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
+    """AdamW's beta1."""
     adam_beta2: float = 0.95
-    """AdamW's decay of the mean squared gradient."""
+    """AdamW's beta2."""
     adam_epsilon: float = 1e-8
-    """AdamW's guard against division by zero."""
+    """AdamW's epsilon."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm where it is longer; inf never does."""
+    """Gradient clipping norm; inf disables clipping."""
     dropout: float | None = None
-    """Dropout everywhere in the model. Unset: as its config.json says."""
+    """Dropout probability everywhere in the model. Unset: from its config.json."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     """auto: bf16 if this machine computes it at least as fast as fp32 (a product is timed), else fp32; a resumed run
     keeps its own. Unset: as bf16 and fp16 say, else fp32."""
@@ -225,18 +225,18 @@ class TrainConfig:
     deepspeed: str | None = None
     """DeepSpeed JSON file, such as configs/deepspeed/zero2_bf16.json; "auto" and missing values follow the flags."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input, and compute the rest again in backward: less memory, a third more time."""
+    """Recompute activations in backward instead of storing them: less memory, a third more time."""
     eval_steps: int | None = None
-    """Evaluate every so many steps. Unset: ten times a run."""
+    """Evaluate every so many steps. Unset: ten times per run."""
     per_device_eval_batch_size: int = 8
-    """Examples of one forward pass in an evaluation, on each device."""
+    """Examples per forward pass in evaluation, on each device."""
     logging_steps: int = 10
-    """Print a line every so many steps where standard error is not a terminal, which shows a bar instead;
+    """Print a line every so many steps if standard error is not a terminal (a terminal shows a progress bar);
     metrics.jsonl has every step."""
     report_to: list[Literal["none", "tensorboard", "wandb"]] = field(default_factory=list)
-    """Send every step's numbers there, too. TensorBoard's files lie in output_dir/tensorboard."""
+    """Also log every step to these trackers. TensorBoard files are in output_dir/tensorboard."""
     seed: int = 42
-    """Fixes initialisation, dropout, the validation split and the order of the data."""
+    """Random seed of initialisation, dropout, validation split and data order."""
 
     def __post_init__(self) -> None:
         if self.fp16 and self.bf16:
@@ -269,7 +269,7 @@ class TrainConfig:
 
 
 def check_range(config: Any, wanted: str, holds: Callable[[Any], bool], *names: str) -> None:
-    """Raises a ValueError that names the flag where a field that is set does not hold."""
+    """Raises `ValueError` naming the flag if a field that is set violates the condition."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not holds(value):  # this way round, NaN is refused too
@@ -277,7 +277,7 @@ def check_range(config: Any, wanted: str, holds: Callable[[Any], bool], *names: 
 
 
 def require(config: Any, name: str, what: str) -> Any:
-    """The value of a flag without a default; a ValueError that says what it needs where it is unset."""
+    """The value of a required flag; raises `ValueError` saying what it should be if it is unset."""
     value = getattr(config, name)
     if not value:
         raise ValueError(f"--{name} is needed: {what}")
