@@ -55,7 +55,7 @@ def inputs() -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder, 96)
     writers = runpy.run_path(str(Path(__file__).parent / "selfinstruct" / "fake_generators.py"))
-    writers["babbler"](tokenizer).save_pretrained("babbler")
+    writers["random_text_model"](tokenizer).save_pretrained("babbler")
     tokenizer.save_pretrained("babbler", 256)
 
     words = [f"{a}{b}" for a in ("sun", "moon", "rain", "snow", "wind") for b in ("day", "light", "fall", "y")]
