@@ -6,7 +6,7 @@
     python chat.py --model_name_or_path runs/sft/export --serve
 
 Read on in minigpt/inference/chat.py (what the model is asked), minigpt/inference/generate.py (how it answers) and
-minigpt/inference/terminal.py (the commands), or minigpt/inference/serve/ (the server).
+minigpt/inference/terminal.py (the commands), or minigpt/serving/ (the server).
 """
 
 import gc

@@ -18,7 +18,7 @@ def work(tmp_path_factory) -> Workplace:
 def test_two_models_and_a_judge(work):
     held = ("--predict", "held.json", "--max_new_tokens", 8)
     before = ("sft.py", "--model_name_or_path", "model", "--template", "io", *held, "--output_dir", "before")
-    assert work.good(*before).splitlines()[-1] == "before/predictions.html: to look at in a browser"
+    assert work.good(*before).splitlines()[-1] == "before/predictions.html: open it in a browser"
 
     after = ("sft.py", "--model_name_or_path", "model", *held, "--output_dir", "after", "--compare_with", "before")
     with serve(lambda number, body: "Score: 40" if "windday" in body["messages"][0]["content"] else "60/100") as server:
@@ -26,7 +26,7 @@ def test_two_models_and_a_judge(work):
         environment = {"OPENAI_API_KEY": "sk-1", "NO_PROXY": "127.0.0.1"}
         out = work.good(*after, *judge, **environment)
         assert "after/judgements.jsonl: j-1 marks: mean 55.0 of 100\n" in out
-        assert "is there already, and stays as it is" in work.good(*after, *judge, **environment)
+        assert "already exists, and is kept" in work.good(*after, *judge, **environment)
     assert len(server.bodies) == 4  # an answer each, and none of them twice
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer sk-1"}
     scores = json.loads((work.folder / "after" / "scores.json").read_text())
@@ -45,7 +45,7 @@ def test_lighter_weights_have_a_name_of_their_own(work):
     compared = work(*held, *to, "--compare_with", "int8")
     assert (compared.code, compared.err) == (
         1,
-        "error: int8/predictions.jsonl: the answers of model in int8; give another --output_dir for those of model\n",
+        "error: int8/predictions.jsonl: has answers of model in int8; give another --output_dir for those of model\n",
     )
 
 

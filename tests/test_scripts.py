@@ -237,8 +237,8 @@ def test_what_predict_writes_is_what_chat_says(work, tuned):
     model = ("--model_name_or_path", "tuned/export", "--max_new_tokens", 12)
     out = work.good("sft.py", *model, "--predict", "held.json", "--output_dir", "answers")
     assert re.fullmatch(
-        r"answers/predictions.jsonl: 4 answers: exact match \S+%, ROUGE-L \S+, \S+% stop by themselves\n"
-        r"answers/predictions.html: to look at in a browser\n",
+        r"answers/predictions.jsonl: 4 answers: exact match \S+%, ROUGE-L \S+, \S+% ended with end-of-text\n"
+        r"answers/predictions.html: open it in a browser\n",
         out,
     )
     lines = [json.loads(line) for line in (work.folder / "answers" / "predictions.jsonl").read_text().splitlines()]
@@ -248,7 +248,7 @@ def test_what_predict_writes_is_what_chat_says(work, tuned):
     code, message = work.bad("sft.py", *model, "--predict", "held.json", "--output_dir", "answers")
     assert (code, message) == (
         1,
-        "answers/predictions.jsonl: is there already; give another --output_dir, or --overwrite_output_dir",
+        "answers/predictions.jsonl: already exists; give another --output_dir, or --overwrite_output_dir",
     )
     said = work.good("chat.py", *model, "--prompt", "Say it twice.", "--input", "windday")
     assert said == lines[0]["prediction"] + "\n"

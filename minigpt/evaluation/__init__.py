@@ -1,1 +1,1 @@
-"""What a trained model is worth: predictions, their page, a judge."""
+"""Evaluation: predictions and their scores, the HTML page, and LLM as a judge."""

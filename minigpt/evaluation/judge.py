@@ -1,7 +1,7 @@
 """Answers marked by another model (LLM as a judge, Zheng et al. 2023, arXiv:2306.05685).
 
-Any server that speaks OpenAI's protocol will do; it is asked for a whole number from 0 to 100 for each answer, beside
-the correct one, as in LLMs-from-scratch, chapter 7.
+The judge is any server with OpenAI's API. For each answer it is asked for a whole number from 0 to 100, given the
+correct answer, as in LLMs-from-scratch, chapter 7.
 """
 
 import json
@@ -16,7 +16,7 @@ from minigpt.api_client import ApiError, api_url, post_json, side_by_side
 from minigpt.data.prompts import Message
 from minigpt.distributed import progress_bar
 
-REFUSED = (400, 413, 422)  # of one answer: too long for the judge, or against its rules
+REFUSAL_STATUSES = (400, 413, 422)  # the judge refuses this one answer: it is too long, or against the judge's rules
 
 REQUEST = """\
 Mark a response to a task by comparing it with the correct response.
@@ -40,10 +40,10 @@ Reply with one whole number from 0 to 100, and nothing else."""
 
 @dataclass(frozen=True)
 class Judge:
-    """Who marks. Raises `ValueError` where `api_base` is no address of a server."""
+    """The address of the judge. Raises `ValueError` if `api_base` is not the URL of a server."""
 
     api_base: str
-    """Such as http://127.0.0.1:8000/v1."""
+    """For example http://127.0.0.1:8000/v1."""
     model: str
     key: str | None = field(default_factory=lambda: os.environ.get("OPENAI_API_KEY"), repr=False)
 
@@ -52,62 +52,62 @@ class Judge:
         return api_url(self.api_base, "chat/completions")
 
     def __post_init__(self) -> None:
-        _ = self.url  # refused before anything is answered
+        _ = self.url  # fails here, before any question is answered
 
 
 class Marks(NamedTuple):
-    """What a judge made of a set of answers."""
+    """The marks that a judge gave to a set of answers."""
 
     model: str
     each: list[int | None]
-    """In the order of the answers; None where no mark could be read."""
+    """In the order of the answers; None if the reply contains no mark."""
 
     @property
     def mean(self) -> float | None:
-        """Over the marks that could be read; None where there is none."""
+        """The mean of the readable marks; None if there are none."""
         marks = [mark for mark in self.each if mark is not None]
         return sum(marks) / len(marks) if marks else None
 
     def summary(self) -> dict[str, Any]:
-        """For scores.json."""
+        """The judge's entry in scores.json."""
         return {"model": self.model, "mean": self.mean, "unreadable": self.each.count(None)}
 
     def __str__(self) -> str:
         unreadable = self.each.count(None)
-        mean = "no mark could be read" if self.mean is None else f"mean {self.mean:.1f} of 100"
+        mean = "no readable mark" if self.mean is None else f"mean {self.mean:.1f} of 100"
         return f"{self.model} marks: {mean}" + (f", {unreadable:,} of {len(self.each):,} unreadable" * bool(unreadable))
 
 
 def mark_answers(requests: Sequence[str], judge: Judge, file: Path) -> Marks:
-    """Has answers marked, each request of `request_for` once.
+    """Sends each distinct request of `request_for` to the judge once.
 
-    Each reply goes to `file` as it comes, a line of JSON, and what stands there already is not asked again: a judging
-    that was killed goes on where it was.
+    Each reply is appended to `file` at once, as a line of JSON. Requests that the file already answers are not sent, so
+    a killed run resumes without repeating any.
 
     Raises:
-        ApiError: the judge cannot be asked. What it said until then is in the file.
-        ValueError: a line of the file is none of ours.
+        ApiError: the judge cannot be reached or refuses all requests. Its replies so far are in the file.
+        ValueError: a line of the file is not a judge's reply.
     """
     replies = read_replies(file, judge.model)
     missing = [request for request in dict.fromkeys(requests) if request not in replies]
     settings: dict[str, Any] = {"temperature": 0}
-    first = True  # until an answer has come
+    first = True  # until the first reply
 
     def ask(request: str) -> str | None:
-        """The reply; None where the judge refuses this very answer."""
+        """The judge's reply; None if it refuses this one answer."""
         nonlocal first
         body = {"model": judge.model, "messages": [{"role": "user", "content": request}], **settings}
         try:
-            answer = post_json(judge.url, body, judge.key, first=first)
+            response = post_json(judge.url, body, judge.key, first=first)
         except ApiError as error:
             if error.status == 400 and "temperature" in str(error) and "temperature" in body:
-                settings.clear()  # some models have one temperature, and take no other
+                settings.clear()  # some models accept only their default temperature
                 return ask(request)
-            if error.status in REFUSED:
+            if error.status in REFUSAL_STATUSES:
                 return None
             raise
         first = False
-        return _content(answer)
+        return _content(response)
 
     file.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -123,24 +123,24 @@ def mark_answers(requests: Sequence[str], judge: Judge, file: Path) -> Marks:
                     lines.flush()
                 bar.update(1)
         except ApiError as error:
-            kept = f"what was marked is kept in {file}: the same command goes on"
-            raise ApiError(f"{error}{_advice(error, judge)}; {kept}", error.status) from None
+            hint = f"the marks so far are saved in {file}: run the same command to resume"
+            raise ApiError(f"{error}{_advice(error, judge)}; {hint}", error.status) from None
     return Marks(judge.model, [read_mark(replies[request]) for request in requests])
 
 
 def _advice(error: ApiError, judge: Judge) -> str:
-    """What can be done about it, in brackets; nothing where waiting is all."""
+    """How to fix the error, in parentheses; empty if only waiting can help."""
     if error.status in (401, 403):
         return f" (the key is OPENAI_API_KEY of the environment, which is {'set' if judge.key else 'not set'})"
     if error.status == 404:
         return f" (no model {judge.model!r} there, or no such path: --judge_model, --judge_api_base)"
     if error.status is None:
-        return f" (is --judge_api_base {judge.api_base} right, and does the server run?)"
+        return f" (is --judge_api_base {judge.api_base} right, and is the server running?)"
     return ""
 
 
 def request_for(prompt: Sequence[Message], reference: str, prediction: str) -> str:
-    """What a judge is asked of one answer."""
+    """The prompt that asks the judge to mark one answer."""
     turns = ["\n".join(filter(None, [message["content"], message.get("input")])) for message in prompt]
     if len(turns) > 1:
         turns = [f"[{message['role']}]\n{turn}" for message, turn in zip(prompt, turns)]
@@ -148,31 +148,31 @@ def request_for(prompt: Sequence[Message], reference: str, prediction: str) -> s
 
 
 def read_replies(file: Path, model: str) -> dict[str, str]:
-    """What this judge said of each request so far. Half a line at the end, of a judging that was killed, is removed.
+    """This judge's replies by request. An incomplete last line, left by a killed run, is removed from the file.
 
     Raises:
-        ValueError: a line is none of ours.
+        ValueError: a line is not a judge's reply.
     """
     if not file.exists():
         return {}
     content = file.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
         with open(file, "r+b") as opened:
-            opened.truncate(whole)
+            opened.truncate(complete)
     replies = {}
-    for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+    for number, line in enumerate(content[:complete].split(b"\n")[:-1], 1):
         try:
-            found = json.loads(line)
-            if found["judge"] == model:
-                replies[found["request"]] = str(found["reply"])
+            entry = json.loads(line)
+            if entry["judge"] == model:
+                replies[entry["request"]] = str(entry["reply"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}:{number}: no judge's reply; remove the line to ask again") from error
+            raise ValueError(f"{file}:{number}: not a judge's reply; remove the line to ask again") from error
     return replies
 
 
-# Every repetition has an end: a reply may be a hundred thousand digits, or blanks.
-_NUMBER = r"(?<![\w./,-])(-?\d{1,9}(?:\.\d{1,9})?)(?!\w|[.,]\d)"  # not a part of a word or of another number
+# Every repetition is bounded, or a reply of 100,000 digits or blanks would take quadratic time.
+_NUMBER = r"(?<![\w./,-])(-?\d{1,9}(?:\.\d{1,9})?)(?!\w|[.,]\d)"  # not part of a word or of another number
 _WORD = r"\b(?:score|mark|rating|grade)\b"
 _BEFORE, _AFTER = r"[\s*_#`\"'>(\[]{0,9}", r"[ *_`\"')\].!]{0,9}"
 _ALONE = re.compile(rf"^{_BEFORE}(?:(?:[a-z]{{1,20}} )?{_WORD})?[ *_:=]{{0,9}}{_NUMBER}{_AFTER}$", re.I | re.M)
@@ -180,30 +180,30 @@ _NAMED = re.compile(rf"{_WORD}[\s*_:=]{{0,9}}(?:(?:is|of)\b[\s*_:]{{0,9}})?{_NUM
 _ANY = re.compile(_NUMBER)
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _OF_100 = re.compile(r"(?<=\d)[*_]{0,3}(?:\s{0,3}(?:/|out of)\s{0,3}100\b|\s{0,3}%)")
-_TWO = re.compile(r"\d{1,9}\s{0,3}(?:-|–|/|out of|to|and)\s{0,3}\d{1,9}")  # a range, or so many of so many
+_TWO_NUMBERS = re.compile(r"\d{1,9}\s{0,3}(?:-|–|/|out of|to|and)\s{0,3}\d{1,9}")  # a range, or n of m
 
 
 def read_mark(reply: str) -> int | None:
-    """The mark in a judge's reply, from 0 to 100; None where there is none, or it could be one of several.
+    """The mark in a judge's reply, from 0 to 100; None if there is none or more than one candidate.
 
     >>> [read_mark(reply) for reply in ("85", "**Score: 85/100**", "It names 2 of 3. I give it a mark of 60.", "8/10")]
     [85, 85, 60, None]
 
-    What a model thinks aloud between `<think>` and `</think>` is passed over. A number alone on its line counts
-    before one behind the word score or mark, and that before any other.
+    Text between `<think>` and `</think>` is ignored. A number alone on its line takes precedence over one after the
+    word score or mark, and that over any other number.
     """
-    reply = _TWO.sub("", _OF_100.sub("", _THOUGHT.sub("", reply)))
+    reply = _TWO_NUMBERS.sub("", _OF_100.sub("", _THOUGHT.sub("", reply)))
     for pattern in (_ALONE, _NAMED, _ANY):
-        found = {float(number) for number in pattern.findall(reply)}
-        if found:
-            mark = found.pop()
-            return round(mark) if not found and 0 <= mark <= 100 else None
+        marks = {float(number) for number in pattern.findall(reply)}
+        if marks:
+            mark = marks.pop()
+            return round(mark) if not marks and 0 <= mark <= 100 else None
     return None
 
 
-def _content(answer: dict[str, Any]) -> str:
-    """The text of a chat completion; empty where the object has none."""
+def _content(response: dict[str, Any]) -> str:
+    """The text of a chat completion; empty if the response has none."""
     try:
-        return str(answer["choices"][0]["message"]["content"] or "")
+        return str(response["choices"][0]["message"]["content"] or "")
     except (KeyError, IndexError, TypeError):
         return ""

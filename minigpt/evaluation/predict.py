@@ -1,4 +1,4 @@
-"""Answers for a whole dataset, and how good they are: `sft.py --predict`, and the samples at an evaluation."""
+"""Answers a whole dataset and scores the answers: `sft.py --predict`, and the sample answers at an evaluation."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,14 @@ from minigpt.data.store import Subset, TokenBlocks, TokenStore
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.distributed import print0, progress_bar, world_size
 from minigpt.evaluation.judge import Judge, mark_answers, request_for
-from minigpt.evaluation.page import PAGE, PREDICTIONS, Run, check_questions, read_run, write_run
+from minigpt.evaluation.page import (
+    PAGE,
+    PREDICTIONS,
+    PredictionRun,
+    check_questions,
+    read_predictions,
+    write_predictions,
+)
 from minigpt.files import writing_to
 from minigpt.inference.chat import fit_prompt
 from minigpt.inference.decoder import Decoder
@@ -21,18 +28,18 @@ JUDGEMENTS = "judgements.jsonl"
 
 
 class Prediction(NamedTuple):
-    """One answer beside its reference."""
+    """One answer with its reference."""
 
     prompt: list[Message]
-    """The messages up to the last user's."""
+    """The messages up to the last user message."""
     reference: str
     prediction: str
     stopped: bool
-    """The model ended its answer itself, with end-of-text."""
+    """The answer ended with end-of-text, not with a stop string or at max_new_tokens."""
     exact_match: bool
-    """Equal to the reference, blanks around both aside."""
+    """Equal to the reference, ignoring whitespace around both."""
     rouge_l: float
-    """ROUGE-L F-measure of Lin 2004, as `rouge_score` computes it, without a stemmer."""
+    """ROUGE-L F-measure (Lin 2004), as `rouge_score` computes it, without a stemmer."""
 
 
 class Scores(NamedTuple):
@@ -46,7 +53,7 @@ class Scores(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.answers:,} answers: exact match {self.exact_match:.1%}, ROUGE-L {self.rouge_l:.3f}, "
-            f"{self.stop_rate:.1%} stop by themselves"
+            f"{self.stop_rate:.1%} ended with end-of-text"
         )
 
 
@@ -59,46 +66,48 @@ def predict(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Prediction]:
-    """Answers the last user message of each conversation greedily, in the order given.
+    """Answers the last user message of each conversation greedily. The predictions are in the order of `conversations`.
 
     Args:
-        conversations: each ends with the assistant's message that is the reference.
-        max_new_tokens: room for an answer; a prompt that leaves less of the context is cut as in chat.
-        batch_size: conversations answered together. When an answer ends, the next question takes its place.
+        conversations: each ends with the assistant message that is the reference.
+        max_new_tokens: the maximum length of an answer; a prompt that does not leave as much is truncated as in chat.
+        batch_size: the number of rows in a batch. When an answer ends, the next question takes its place.
 
     Raises:
-        ValueError: a conversation does not end with a question and its answer, or no room is left for its question;
-            the message begins with where it was read.
+        ValueError: a conversation does not end with a question and its answer, or nothing of its question fits; the
+            message begins with the file and line of the conversation.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     if not conversations:
         return []
     room = model.config.context - max_new_tokens
-    prompts = [_prompt(number, found, template, tokenizer, room) for number, found in enumerate(conversations, 1)]
+    prompts = [
+        _prompt(number, conversation, template, tokenizer, room) for number, conversation in enumerate(conversations, 1)
+    ]
     longest = max(map(len, prompts)) + max_new_tokens
     rows = min(batch_size, len(prompts))
     decoder = Decoder(model, max_rows=rows, max_length=longest, tokenizer=tokenizer)
     sampling = Sampling(max_new_tokens=max_new_tokens, eos_id=tokenizer.eot_id, stop=template.stop_strings())
-    # Those alike in length are read together, the longest first: they take most room.
-    longest_first = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    places = {decoder.add(prompts[place], sampling): place for place in longest_first}  # by the decoder's key
+    # Sorted by length, so that prompts of similar length are prefilled together; the longest need most memory.
+    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    indices = {decoder.add(prompts[index], sampling): index for index in longest_first}  # decoder key -> index
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     new: list[list[int]] = [[] for _ in prompts]
-    found: dict[int, Prediction] = {}
+    predictions: dict[int, Prediction] = {}
     with progress_bar(len(prompts), "answer", "answering") as bar:
         while len(decoder):
             for key, token, reason in decoder.step():
-                place = places[key]
-                new[place].append(token)
+                index = indices[key]
+                new[index].append(token)
                 if reason is None:
                     continue
                 stopped = token == tokenizer.eot_id
-                answer = template.read_answer(tokenizer.decode(new[place][:-1] if stopped else new[place]))
-                messages = conversations[place].messages
+                answer = template.read_answer(tokenizer.decode(new[index][:-1] if stopped else new[index]))
+                messages = conversations[index].messages
                 reference = messages[-1]["content"].strip()
-                found[place] = Prediction(
+                predictions[index] = Prediction(
                     prompt=list(messages[:-1]),
                     reference=reference,
                     prediction=answer,
@@ -107,17 +116,19 @@ def predict(
                     rouge_l=scorer.score(reference, answer)["rougeL"].fmeasure,
                 )
                 bar.update(1)
-    return [found[place] for place in range(len(prompts))]
+    return [predictions[index] for index in range(len(prompts))]
 
 
-def _prompt(number: int, conversation: Conversation, template: Template, tokenizer: Tokenizer, room: int) -> list[int]:
-    """The ids that ask a conversation's last question; an error begins with where it was read."""
+def _prompt(
+    number: int, conversation: Conversation, template: Template, tokenizer: Tokenizer, max_prompt_tokens: int
+) -> list[int]:
+    """The ids that ask a conversation's last question. Errors begin with the conversation's file and line."""
     source = conversation.source or f"conversation {number}"
     messages = conversation.messages
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(f"{source}: no question and answer, so nothing to compare with")
+        raise ValueError(f"{source}: does not end with a question and its answer, so there is nothing to compare with")
     try:
-        ids = fit_prompt(messages[:-1], template, tokenizer, room).ids
+        ids = fit_prompt(messages[:-1], template, tokenizer, max_prompt_tokens).ids
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     if not ids:
@@ -126,7 +137,7 @@ def _prompt(number: int, conversation: Conversation, template: Template, tokeniz
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:
-    """The means."""
+    """The means over the predictions."""
     count = max(1, len(predictions))
     return Scores(
         answers=len(predictions),
@@ -150,93 +161,95 @@ def predict_file(
     overwrite: bool = False,
     compare_with: str | None = None,
     judge: Judge | None = None,
-) -> Run:
-    """Answers a dataset into a folder: predictions.jsonl, a line per answer, scores.json, and predictions.html.
+) -> PredictionRun:
+    """Answers a dataset and writes predictions.jsonl (one line per answer), scores.json and predictions.html.
 
-    Answers of the same model that are there already are not given anew where there is something else to do with them.
+    If the folder already has answers of the same model, they are kept, and only compared or judged.
 
     Args:
-        name: the model's, for scores and page.
-        overwrite: answer anew.
-        compare_with: a folder of the same questions' answers, which the page shows beside these. It is kept in
-            scores.json: where the answers are not given anew, the page goes on showing it.
-        judge: marks the answers, see `mark_answers`; what it said is kept in judgements.jsonl.
+        name: the model's name, for scores and page.
+        overwrite: answer again, even if the folder has answers.
+        compare_with: a folder with another model's answers to the same questions, shown beside these on the page. It
+            is recorded in scores.json, so that a later run which keeps the answers shows it too.
+        judge: marks the answers, see `mark_answers`; its replies are stored in judgements.jsonl.
 
     Raises:
-        FileExistsError: the folder holds predictions, and nothing is to be done with them.
-        ValueError: a record that is no question and answer, or the folders' questions differ: named with file and line.
+        FileExistsError: the folder has answers of another model, or nothing to do with them: neither `compare_with`,
+            `judge` nor `overwrite` is given.
+        ValueError: a record does not end with a question and its answer, or the folders' questions differ; names the
+            file and the line.
     """
     target = folder / PREDICTIONS
-    given = target.exists() and not overwrite
-    if given and not (compare_with or judge):
-        raise FileExistsError(f"{target}: is there already; give another --output_dir, or --overwrite_output_dir")
+    reuse = target.exists() and not overwrite
+    if reuse and not (compare_with or judge):
+        raise FileExistsError(f"{target}: already exists; give another --output_dir, or --overwrite_output_dir")
     conversations = list(read_records(path, skip_bad_records=skip_bad_records))
     if not conversations:
-        raise ValueError(f"{path}: no question in it")
-    questions = [(found.messages[:-1], found.messages[-1]["content"].strip()) for found in conversations]
-    if given:
-        run = read_run(folder)
+        raise ValueError(f"{path}: contains no question")
+    questions = [(c.messages[:-1], c.messages[-1]["content"].strip()) for c in conversations]
+    if reuse:
+        run = read_predictions(folder)
         if run.name != name:
-            raise FileExistsError(f"{target}: the answers of {run.name}; give another --output_dir for those of {name}")
+            raise FileExistsError(f"{target}: has answers of {run.name}; give another --output_dir for those of {name}")
         check_questions(run, questions, path)
-        print0(f"{target}: is there already, and stays as it is (--overwrite_output_dir answers anew)")
-        if not compare_with and (kept := run.scores.get("compare_with")):
-            if (Path(kept) / PREDICTIONS).exists():
-                compare_with = kept
+        print0(f"{target}: already exists, and is kept (--overwrite_output_dir answers again)")
+        if not compare_with and (recorded := run.scores.get("compare_with")):
+            if (Path(recorded) / PREDICTIONS).exists():
+                compare_with = recorded
             else:
-                print0(f"{kept}: is gone; the page shows {name} alone (--compare_with names another)")
-    others = [read_run(Path(compare_with))] if compare_with else []
+                print0(f"{recorded}: no longer exists; the page shows only {name} (--compare_with sets another folder)")
+    others = [read_predictions(Path(compare_with))] if compare_with else []
     for other in others:
         check_questions(other, questions, path)
-    if not given:
+    if not reuse:
         predictions = predict(
             model, tokenizer, template, conversations, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
         scores = {"model": name, "data": path, **score(predictions)._asdict()}
-        run = Run(name, folder, [prediction._asdict() for prediction in predictions], scores)
+        run = PredictionRun(name, folder, [prediction._asdict() for prediction in predictions], scores)
     if compare_with:
         run = run._replace(scores={**run.scores, "compare_with": compare_with})
-    write_run(run, path, others)
+    write_predictions(run, path, others)
     print0(f"{target}: {Scores(*(run.scores[name] for name in Scores._fields))}")
     if judge:
-        asked = [request_for(line["prompt"], line["reference"], line["prediction"]) for line in run.predictions]
+        requests = [request_for(line["prompt"], line["reference"], line["prediction"]) for line in run.predictions]
         with writing_to(folder, "--output_dir"):
-            marks = mark_answers(asked, judge, folder / JUDGEMENTS)
+            marks = mark_answers(requests, judge, folder / JUDGEMENTS)
         lines = [{**line, "mark": mark} for line, mark in zip(run.predictions, marks.each, strict=True)]
         run = run._replace(predictions=lines, scores={**run.scores, "judge": marks.summary()})
-        write_run(run, path, others)
+        write_predictions(run, path, others)
         print0(f"{folder / JUDGEMENTS}: {marks}")
-    print0(f"{folder / PAGE}: to look at in a browser")
+    print0(f"{folder / PAGE}: open it in a browser")
     return run
 
 
 def show_answers(
     model: CausalLM, step: int, tokenizer: Tokenizer, data: Subset | TokenStore | None, count: int, max_new_tokens: int
 ) -> None:
-    """Prints greedy answers to a dataset's first prompts; before the first step, prompts and references too."""
+    """Prints greedy answers to a dataset's first prompts; at step 0 also the prompts and references."""
     if data is None:
         return
     room = model.config.context - max_new_tokens
     for index in range(min(count, len(data))):
         ids, start = [int(i) for i in data[index].ids], int(data.prompt_lengths[index])
         if start == 0:
-            continue  # a text: there is no question in it
+            continue  # plain text: it contains no question
         end = ids.index(tokenizer.eot_id, start) + 1 if tokenizer.eot_id in ids[start:] else len(ids)
         prompt, reference = ids[max(0, start - room) : start], ids[start:end]
-        # On several ranks each goes on for equally long, or under ZeRO-3 one would wait for weights that the others,
-        # done already, no longer gather.
+        # No early stop on several ranks: under ZeRO-3 every rank must run the same number of forwards, because each
+        # forward gathers weights from all ranks.
         eos_id = tokenizer.eot_id if world_size() == 1 else None
         [answer] = generate(model, [prompt], max_new_tokens=max_new_tokens, eos_id=eos_id)
         if tokenizer.eot_id in answer:
             answer = answer[: answer.index(tokenizer.eot_id) + 1]
-        shown = {"prompt": prompt, "reference": reference} if step == 0 else {}
-        for name, part in {**shown, "answer": answer}.items():
+        extra = {"prompt": prompt, "reference": reference} if step == 0 else {}
+        for name, part in {**extra, "answer": answer}.items():
             text = tokenizer.decode(part)
             print0(f"  {index + 1} {name:9} {'' if len(text) <= 100 else '... '}{text[-100:]!r}")
 
 
 def show_text(model: CausalLM, tokenizer: Tokenizer, data: TokenBlocks | None, length: int, seed: int) -> None:
-    """Prints how a model goes on where the first block of `data` begins."""
+    """Prints how a model continues the beginning of the first block of `data`."""
     if length and data is not None:
         start = [int(i) for i in data[0].ids[: min(8, model.config.context // 2)]]
         [more] = generate(model, [start], max_new_tokens=length, temperature=0.8, top_k=40, seed=seed)

@@ -1,1 +1,1 @@
-"""Weights in, text out."""
+"""Inference: weights in, text out."""

@@ -1,20 +1,21 @@
-"""Tokens as text that may be shown at once, in the terminal and by the server."""
+"""Streams an answer's text from its tokens, for the terminal and the server."""
 
 from collections.abc import Sequence
 
 from minigpt.data.tokenizer import Tokenizer
 
-NO_CHARACTER = "\ufffd"  # what bytes that are none decode to
+NO_CHARACTER = "\ufffd"  # what invalid UTF-8 decodes to
 
 
 class AnswerText:
-    """An answer's text as its tokens come. What may begin a stop string waits, as do blanks and halves of characters.
+    """Decodes an answer token by token. Text is held back while it may be the start of a stop string, a trailing
+    blank or an incomplete character.
 
-    End-of-text, and bytes that are no character, are not shown.
+    End-of-text and bytes that are not valid UTF-8 are removed.
 
     Args:
         stops: the text ends before the first of them.
-        trim_start, trim_end: take off the blanks before the text, and after it.
+        trim_start, trim_end: remove whitespace at the start and the end of the text.
 
     >>> text = AnswerText(tokenizer, ["###"], trim_start=True, trim_end=True)
     >>> [text.feed(id) for id in tokenizer.encode(" Yes #")] + [text.end()]
@@ -27,28 +28,28 @@ class AnswerText:
         self._held = ""
 
     def feed(self, id: int) -> str:
-        """The text that may be shown now."""
+        """Adds a token, and returns the text that can be shown now."""
         self._held += "" if id == self._eot_id else self._decoder.feed(id)
-        return self._show(max((_begun(stop, self._held) for stop in self._stops), default=0))
+        return self._release(max((_overlap(stop, self._held) for stop in self._stops), default=0))
 
     def end(self) -> str:
-        """What of the text is still to be shown when no more tokens come."""
-        return self._show(0)
+        """The rest of the text, after the last token."""
+        return self._release(0)
 
-    def _show(self, waiting: int) -> str:
-        """Takes what is held off to a stop string, or to so many characters before the end."""
+    def _release(self, held_back: int) -> str:
+        """Returns the text up to a stop string, or all but the last `held_back` characters, and keeps the rest."""
         ends = [self._held.index(stop) for stop in self._stops if stop in self._held]
-        shown = self._held[: min(ends, default=len(self._held) - waiting)]
+        text = self._held[: min(ends, default=len(self._held) - held_back)]
         if self._trim_end:
-            shown = shown[: len(shown.replace(NO_CHARACTER, " ").rstrip())]
-        self._held = self._held[len(shown) :]
-        shown = shown.replace(NO_CHARACTER, "")
+            text = text[: len(text.replace(NO_CHARACTER, " ").rstrip())]
+        self._held = self._held[len(text) :]
+        text = text.replace(NO_CHARACTER, "")
         if self._trim_start:
-            shown = shown.lstrip()
-            self._trim_start = not shown
-        return shown
+            text = text.lstrip()
+            self._trim_start = not text
+        return text
 
 
-def _begun(stop: str, text: str) -> int:
-    """How many characters at the end of the text might begin the stop string."""
+def _overlap(stop: str, text: str) -> int:
+    """The number of characters at the end of the text that may be the start of the stop string."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,7 +1,7 @@
-"""Text from a model: greedy, drawn, or by beam search; whole, or token by token as it comes.
+"""Text generation: greedy, sampling or beam search; for many prompts at once, or streamed for one.
 
-`generate` continues many prompts, `stream` one. The settings and what they do to the logits stand in sampling.py,
-rows that come and go in decoder.py, beam search in beams.py.
+`generate` continues many prompts, `stream` one. See sampling.py for the settings and their effect on the logits,
+decoder.py for continuous batching, beams.py for beam search.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.inference.beams import search
+from minigpt.inference.beams import beam_search
 from minigpt.inference.decoder import Decoder, check_prompt, check_sampling, without_gradients
 from minigpt.inference.sampling import Sampling, sequence_seed
 from minigpt.model.base import CausalLM
@@ -39,23 +39,23 @@ def generate(
     """Continues every prompt.
 
     Args:
-        model: on any device, in eval mode; on a CPU, `fast.for_generation` makes it faster.
-        prompts: ids, at least one each.
-        max_new_tokens, temperature, top_k, top_p, repetition_penalty, min_new_tokens, eos_id, stop: as `Sampling`
-            says. The caller trims the text at a stop string.
-        num_beams: above 1, beam search with that many beams, at temperature 0.
+        model: on any device, in eval mode; on a CPU, `minigpt.inference.packed.for_generation` makes it faster.
+        prompts: token ids, at least one per prompt.
+        max_new_tokens, temperature, top_k, top_p, repetition_penalty, min_new_tokens, eos_id, stop: see `Sampling`.
+            The caller trims the text at a stop string.
+        num_beams: above 1: beam search with that many beams; needs temperature 0.
         length_penalty: of beam search; above 0 favours long answers, below 0 short ones.
-        num_return_sequences: answers per prompt, drawn independently, or a prompt's best beams.
+        num_return_sequences: answers per prompt: independent samples, or the best beams.
         tokenizer: needed for `stop`.
-        seed: one, which the prompts count up from, or one per prompt. Each row draws from a stream of its own, so what
-            it gets does not depend on its neighbours.
-        batch_size: the most rows that run together. A prompt takes the place of a row that is done.
+        seed: one integer (prompt i gets seed + i), or one per prompt. Each row has its own random generator, so its
+            tokens do not depend on the rest of the batch.
+        batch_size: the maximum number of rows in a batch. When a row ends, the next prompt takes its place.
 
     Returns:
-        The new ids of each sequence, the eos included where it came; a prompt's sequences follow one another.
+        The new ids of each sequence, including eos_id if it was generated; the sequences of a prompt are adjacent.
 
     Raises:
-        ValueError: an empty prompt, one that fills the context, or an argument out of its range.
+        ValueError: a prompt is empty or fills the context, or an argument is out of its range.
     """
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -74,18 +74,18 @@ def generate(
     seeds = seed if isinstance(seed, Sequence) else [None if seed is None else seed + i for i in range(len(prompts))]
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-    rows = [replace(sampling, seed=sequence_seed(own, index)) for own in seeds for index in range(num_return_sequences)]
+    settings = [replace(sampling, seed=sequence_seed(s, index)) for s in seeds for index in range(num_return_sequences)]
     if not prompts or max_new_tokens == 0:
-        return [[] for _ in rows]
+        return [[] for _ in settings]
     if num_beams > 1:
-        together = max(1, batch_size // num_beams)  # prompts
+        prompts_per_batch = max(1, batch_size // num_beams)
         with without_gradients(model):
             return [
                 ids
-                for start in range(0, len(prompts), together)
-                for ids in search(
+                for start in range(0, len(prompts), prompts_per_batch)
+                for ids in beam_search(
                     model,
-                    prompts[start : start + together],
+                    prompts[start : start + prompts_per_batch],
                     sampling,
                     num_beams=num_beams,
                     length_penalty=length_penalty,
@@ -93,11 +93,11 @@ def generate(
                     tokenizer=tokenizer,
                 )
             ]
-    new: list[list[int]] = [[] for _ in rows]
+    new: list[list[int]] = [[] for _ in settings]
     longest = max(map(len, prompts)) + max_new_tokens
-    decoder = Decoder(model, max_rows=min(batch_size, len(rows)), max_length=longest, tokenizer=tokenizer)
-    for place, own in enumerate(rows):
-        decoder.add(prompts[place // num_return_sequences], own)  # its keys count from 0
+    decoder = Decoder(model, max_rows=min(batch_size, len(settings)), max_length=longest, tokenizer=tokenizer)
+    for index, row_settings in enumerate(settings):
+        decoder.add(prompts[index // num_return_sequences], row_settings)  # the decoder's keys count from 0
     for key, token, _ in _steps(decoder):
         new[key].append(token)
     return new
@@ -106,9 +106,10 @@ def generate(
 def stream(
     model: CausalLM, prompt: Sequence[int], *, max_new_tokens: int, tokenizer: Tokenizer | None = None, **settings: Any
 ) -> Iterator[int]:
-    """Continues one prompt and yields each id as it comes. The settings are `Sampling`'s, and the errors `generate`'s.
+    """Continues one prompt and yields each id when it is generated. Takes the settings of `Sampling`, and raises the
+    same errors as `generate`.
 
-    Nobody knows which beam wins before the end, so a beam search cannot be streamed.
+    Beam search cannot be streamed: which beam wins is known only at the end.
     """
     sampling = Sampling(max_new_tokens=max_new_tokens, **settings)
     check_sampling(sampling, model, tokenizer)
@@ -134,10 +135,10 @@ def _check_sequences(sampling: Sampling, num_beams: int, num_return_sequences: i
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if num_beams > 1 and sampling.temperature > 0:
-        raise ValueError(f"num_beams {num_beams} searches, it does not draw: set temperature to 0")
+        raise ValueError(f"num_beams {num_beams} is a search, which needs temperature 0, got {sampling.temperature}")
     if num_beams > 1 and num_return_sequences > num_beams:
         raise ValueError(f"num_return_sequences {num_return_sequences} is more than num_beams {num_beams}")
     if num_beams == 1 and num_return_sequences > 1 and sampling.temperature == 0:
         raise ValueError(
-            f"num_return_sequences {num_return_sequences} would be alike: set temperature above 0, or num_beams"
+            f"num_return_sequences {num_return_sequences} would be equal: set temperature above 0, or num_beams"
         )

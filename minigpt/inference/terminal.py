@@ -1,6 +1,6 @@
-"""The terminal around a chat: reads lines, obeys commands, prints answers as they come.
+"""The terminal interface of a chat: reads lines, runs commands, prints answers while they are generated.
 
-Answers go to standard output and all else to standard error, so that a script may pipe questions in and answers out.
+Answers go to standard output and everything else to standard error, so a script can pipe questions in and answers out.
 """
 
 import json
@@ -19,38 +19,38 @@ from minigpt.distributed import explained_if_out_of_memory
 from minigpt.settings.command_line import convert, debugging, in_one_line
 from minigpt.settings.groups import SamplingArguments
 
-if TYPE_CHECKING:  # they bring torch, and --help need not wait for it
+if TYPE_CHECKING:  # importing it loads torch, which --help does not need
     from minigpt.inference.chat import Chat
 
-BLOCK = '"""'
-_CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+BLOCK = '"""'  # delimits a message of several lines
+_CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}  # removed from answers
 
 
 class Terminal:
-    """A chat in a terminal; or, where standard input or output is none, a filter of lines."""
+    """A chat in a terminal, or a filter (question lines in, answers out) if stdin or stdout is not a terminal."""
 
     def __init__(self, chat: "Chat", sampling: SamplingArguments, load_model: Callable[[str], tuple]):
-        """`load_model(name)` returns another model with its tokenizer and template."""
+        """`load_model(name)` returns (model, tokenizer, template) for `<model_name_or_path=NAME>`."""
         self.chat, self.sampling, self.load_model = chat, sampling, load_model
         self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-        self.failed = False  # whether a line could not be carried out
+        self.failed = False  # whether any line raised an error
         self._open = True
-        self._dropped = 0  # turns left out, when last said
-        self._own_files: set[Path] = set()  # which /save may write again
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # it may lack a character
+        self._dropped = 0  # the number of dropped turns that was last reported
+        self._own_files: set[Path] = set()  # files that /save may overwrite
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # its encoding may lack a character
 
     def run(self) -> None:
-        """Reads and answers, until an empty line or the end of input."""
-        if sys.stdin is None:  # closed by whoever started us
+        """Reads and answers lines until an empty line or the end of input."""
+        if sys.stdin is None:  # the parent process closed it
             return
-        sys.stdin.reconfigure(errors="replace", newline=None)  # type: ignore[union-attr]  # broken bytes, CRLF
+        sys.stdin.reconfigure(errors="replace", newline=None)  # type: ignore[union-attr]  # invalid UTF-8, CRLF
         interrupted = False
         with _history(self.interactive):
             while self._open:
                 try:
                     line = self._read_line("> ")
                     interrupted = False
-                    self._carry_out(line)
+                    self._process(line)
                 except EOFError:
                     self._open = False
                     if self.interactive:
@@ -62,24 +62,24 @@ class Terminal:
                     self._open = not interrupted
                     interrupted = True
                     if self._open:
-                        note("Ctrl-C again, or Ctrl-D, leaves")
+                        eprint("(press Ctrl-C again, or Ctrl-D, to exit)")
 
-    def _carry_out(self, line: str) -> None:
+    def _process(self, line: str) -> None:
         try:
             if line.startswith(BLOCK):
                 self.show(self.chat.ask(self._read_block(line)))
             elif line.strip():
-                self.obey(line)
+                self.run_command_or_ask(line)
             else:
                 self._open = False
-        except (EOFError, BrokenPipeError):  # nobody asks any more, or nobody reads
+        except (EOFError, BrokenPipeError):  # end of input, or the reader of stdout has exited
             raise
         except Exception as error:
             self.failed = True
             eprint(traceback.format_exc().rstrip() if debugging() else f"error: {in_one_line(error)}")
 
-    def obey(self, line: str) -> None:
-        """Carries out a command, or asks."""
+    def run_command_or_ask(self, line: str) -> None:
+        """Runs the line as a command if it looks like one, else sends it to the model."""
         command = re.fullmatch(r"(/[a-z]+)(?:\s+(.*?))?\s*", line, re.DOTALL | re.IGNORECASE)
         command = command or re.fullmatch(r"\s*(<clear>|<model_name_or_path=)(?:(.*)>)?\s*", line)
         if not command:
@@ -88,43 +88,43 @@ class Terminal:
         name, argument = command[1].lower(), (command[2] or "").strip()
         if name not in COMMANDS:
             near = get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "/help lists them"
-            raise ValueError(f"no command {name} ({hint} A message that begins with / is sent with a blank before it.)")
-        wanted = COMMANDS[name].argument
-        if argument and not wanted:
-            raise ValueError(f"{name} takes nothing after it, got {argument!r}")
-        if wanted and not wanted.startswith("[") and not argument:
-            raise ValueError(f"{name} needs {wanted.rstrip('>')} after it")
+            hint = f"did you mean {near[0]}?" if near else "/help lists the commands."
+            raise ValueError(f"no command {name} ({hint} To send a message that begins with /, put a space before it.)")
+        parameter = COMMANDS[name].argument
+        if argument and not parameter:
+            raise ValueError(f"{name} takes no argument, got {argument!r}")
+        if parameter and not parameter.startswith("[") and not argument:
+            raise ValueError(f"{name} needs an argument: {COMMANDS[name].usage}")
         COMMANDS[name].run(self, argument)
 
     def show(self, pieces: Iterator[str]) -> None:
-        """Prints an answer as it comes. Ctrl-C stops it."""
-        answer = self.chat.answers[-1]
-        if answer.turns_dropped > self._dropped:
-            note(f"old turns no longer fit into the context: {answer.turns_dropped} left out")
-        self._dropped = answer.turns_dropped
-        if answer.tokens_cut:
-            note(f"too long for the context: the first {answer.tokens_cut} tokens of it are cut")
-        shown = False
+        """Prints an answer while it is generated. Ctrl-C stops it."""
+        stats = self.chat.answers[-1]
+        if stats.turns_dropped > self._dropped:
+            eprint(f"(old turns no longer fit into the context: {stats.turns_dropped} left out)")
+        self._dropped = stats.turns_dropped
+        if stats.tokens_cut:
+            eprint(f"(the message is too long for the context: its first {stats.tokens_cut} tokens were cut)")
+        printed = False
         limit = f"--max_new_tokens (now {self.sampling.max_new_tokens})"
-        advice = f"a smaller {limit} or a shorter conversation (/clear) takes less, as does a smaller model"
+        advice = f"a smaller {limit}, a shorter conversation (/clear) or a smaller model needs less memory"
         try:
             with explained_if_out_of_memory(advice), closing(pieces):  # type: ignore[type-var]
                 for piece in pieces:
                     print(piece.translate(_CONTROL) if self.interactive else piece, end="", flush=True)
-                    shown = True
+                    printed = True
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
             print()
-            note("stopped" if shown else "stopped; the question is forgotten")
+            eprint("(stopped)" if printed else "(stopped; the question is removed from the conversation)")
             return
         except Exception:
-            print(end="\n" if shown else "")
+            print(end="\n" if printed else "")
             raise
         print()
-        if not shown:
-            note("an empty answer: the model ended it at once")
+        if not printed:
+            eprint("(empty answer: the model ended it at once)")
 
     def _read_line(self, prompt: str, prefill: str = "") -> str:
         if not self.interactive:
@@ -143,7 +143,7 @@ class Terminal:
             while not text.rstrip().endswith(BLOCK):
                 text += "\n" + self._read_line("... ")
         except EOFError:
-            raise ValueError(f"the input ended inside a block, which {BLOCK} ends") from None
+            raise ValueError(f"the input ended inside a block; close it with {BLOCK}") from None
         return text.rstrip().removesuffix(BLOCK).removeprefix("\n").removesuffix("\n")
 
     # ---- the commands
@@ -152,38 +152,38 @@ class Terminal:
         width = max(len(command.usage) for command in COMMANDS.values())
         for command in COMMANDS.values():
             eprint(f"{command.usage:{width}}  {command.help}")
-        eprint(f"{BLOCK} begins a message of several lines, and {BLOCK} ends it. A blank before / makes it a message.")
-        eprint("Ctrl-C stops an answer, and leaves when pressed twice at the prompt; so do Ctrl-D and an empty line.")
+        eprint(f"{BLOCK} begins a message of several lines, and {BLOCK} ends it. A space before / makes it a message.")
+        eprint("Ctrl-C stops an answer. Ctrl-C twice at the prompt, Ctrl-D or an empty line exits.")
 
     def clear(self, _: str) -> None:
         self.chat.clear()
         self._dropped = 0
-        note("the conversation is forgotten" + ("; the system text stays" if self.chat.system else ""))
+        eprint("(conversation cleared" + ("; the system text is kept)" if self.chat.system else ")"))
 
     def system(self, text: str) -> None:
         if text:
             self.chat.system = None if text == '""' else text
-        note(f"system text: {self.chat.system}" if self.chat.system else "no system text")
+        eprint(f"(system text: {self.chat.system})" if self.chat.system else "(no system text)")
 
     def undo(self, _: str) -> None:
-        note(f"undone: {_shortened(self.chat.undo()['content'])}")
+        eprint(f"(undone: {_shortened(self.chat.undo()['content'])})")
 
     def retry(self, _: str) -> None:
         pieces = self.chat.retry()
         if self.sampling.temperature == 0:
-            note("at temperature 0 an answer stays the same; /params temperature 0.8 is livelier")
+            eprint("(at temperature 0 the answer stays the same; /params temperature 0.8 turns on sampling)")
         self.show(pieces)
 
     def edit(self, text: str) -> None:
         question = self.chat.last_question
         if not text:
             if not (self.interactive and _readline()):
-                raise ValueError("/edit has no line editing here: give the new text after it")
+                raise ValueError("/edit has no line editing here: write the new text after it")
             text = self._read_line("> ", question["content"])
         if text.strip():
             self.show(self.chat.ask(text, question.get("input"), replace=True))
         else:
-            note("nothing is changed")
+            eprint("(nothing was changed)")
 
     def save(self, name: str) -> None:
         from minigpt.inference.chat import save_messages
@@ -192,23 +192,23 @@ class Terminal:
         path = path if path.suffix else path.with_suffix(".json")
         save_messages(self.chat.messages, path, overwrite=path in self._own_files)
         self._own_files.add(path)
-        note(f"{path}: {_turns(self.chat)} saved")
+        eprint(f"({path}: {_count_turns(self.chat)} saved)")
 
     def load(self, name: str) -> None:
         from minigpt.inference.chat import load_messages
 
-        messages, more = load_messages(name)
+        messages, has_more = load_messages(name)
         self.chat.load(messages)
         self._dropped = 0
         path = Path(name).expanduser().absolute()
-        if not more and _is_saved(path, messages):
+        if not has_more and _is_saved_chat(path, messages):
             self._own_files.add(path)
-        note(f"{name}: {_turns(self.chat)}{', the first conversation of the file' if more else ''}")
+        eprint(f"({name}: {_count_turns(self.chat)}{', the first conversation in the file' if has_more else ''})")
 
     def params(self, text: str) -> None:
         words = text.replace("=", " ").split()
         if len(words) % 2:
-            raise ValueError("/params wants a name and a value, such as /params temperature 0.8")
+            raise ValueError("/params needs names and values, such as /params temperature 0.8")
         hints, changes = get_type_hints(SamplingArguments), {}
         for name, value in zip(words[::2], words[1::2], strict=True):
             if name not in hints:
@@ -232,13 +232,13 @@ class Terminal:
     def stats(self, _: str) -> None:
         answers, context = self.chat.answers, self.chat.model.config.context
         if not answers:
-            raise ValueError("nothing has been asked yet")
+            raise ValueError("no question has been asked yet")
         last = answers[-1]
         tokens, seconds = sum(answer.new_tokens for answer in answers), sum(answer.seconds for answer in answers)
-        eprint(f"last answer  {_speed(last.new_tokens, last.seconds)}, the first after {last.first_token_s:.2f} s")
+        eprint(f"last answer  {_speed(last.new_tokens, last.seconds)}, first token after {last.first_token_s:.2f} s")
         eprint(f"answers      {len(answers):,}: {_speed(tokens, seconds)}")
         used = last.prompt_tokens + last.new_tokens
-        eprint(f"context      {used:,} of {context:,} tokens used, {self.chat.room:,} kept for each answer")
+        eprint(f"context      {used:,} of {context:,} tokens used, {self.chat.room:,} reserved for each answer")
         eprint(f"left out     {last.turns_dropped:,} old turns, {last.tokens_cut:,} tokens of a message")
 
     def exit(self, _: str) -> None:
@@ -246,18 +246,18 @@ class Terminal:
 
     def model(self, name: str) -> None:
         chat = self.chat
-        before = chat.model, chat.tokenizer, chat.template
+        previous = chat.model, chat.tokenizer, chat.template
         try:
             chat.model, chat.tokenizer, chat.template = self.load_model(name)
             chat.load(chat.messages)
         except BaseException:
-            chat.model, chat.tokenizer, chat.template = before
+            chat.model, chat.tokenizer, chat.template = previous
             raise
-        note(f"{name}: template {chat.template.name}")
+        eprint(f"({name}: template {chat.template.name})")
 
 
 class Command(NamedTuple):
-    """What may be typed, in brackets what may be left out; and what it does."""
+    """A command: its name, its argument (in brackets if optional), its line in /help, and the method that runs it."""
 
     name: str
     argument: str
@@ -273,41 +273,36 @@ COMMANDS = {
     command.name: command
     for command in (
         Command("/help", "", "list the commands", Terminal.help),
-        Command("/clear", "", "forget the conversation; the system text stays", Terminal.clear),
-        Command("/system", "[TEXT]", 'show the system text, or give another; "" removes it', Terminal.system),
-        Command("/undo", "", "take back the last question and its answer", Terminal.undo),
-        Command("/retry", "", "answer the last question anew, with other draws", Terminal.retry),
-        Command("/edit", "[TEXT]", "change the last question, and answer it anew", Terminal.edit),
+        Command("/clear", "", "clear the conversation; the system text is kept", Terminal.clear),
+        Command("/system", "[TEXT]", 'show the system text, or set it; "" removes it', Terminal.system),
+        Command("/undo", "", "remove the last question and its answer", Terminal.undo),
+        Command("/retry", "", "answer the last question again, with other random draws", Terminal.retry),
+        Command("/edit", "[TEXT]", "change the last question, and answer it again", Terminal.edit),
         Command("/save", "FILE", "write the conversation as JSON, which /load and sft.py --data read", Terminal.save),
-        Command("/load", "FILE", "go on from a conversation in a file", Terminal.load),
-        Command("/params", "[NAME VALUE]", "show how answers are drawn, or change it", Terminal.params),
+        Command("/load", "FILE", "continue a conversation from a file", Terminal.load),
+        Command("/params", "[NAME VALUE]", "show the sampling settings, or change them", Terminal.params),
         Command("/stats", "", "show tokens, speed, and how much of the context is used", Terminal.stats),
-        Command("/exit", "", "leave", Terminal.exit),
-        Command("<clear>", "", "the same as /clear", Terminal.clear),
-        Command("<model_name_or_path=", "NAME>", "go on with another model", Terminal.model),
+        Command("/exit", "", "exit", Terminal.exit),
+        Command("<clear>", "", "same as /clear", Terminal.clear),
+        Command("<model_name_or_path=", "NAME>", "continue with another model", Terminal.model),
     )
 }
-
-
-def note(text: str) -> None:
-    """Says what happened, beside the conversation."""
-    eprint(f"({text})")
 
 
 def eprint(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _turns(chat: "Chat") -> str:
+def _count_turns(chat: "Chat") -> str:
     turns = len(chat.messages) // 2
     return f"{turns} turn{'s' * (turns != 1)}{', system text' if chat.system else ''}"
 
 
-def _is_saved(path: Path, messages: list) -> bool:
-    """Whether a file is what /save makes of these messages: any other is data, and no chat to be written over."""
+def _is_saved_chat(path: Path, messages: list) -> bool:
+    """Whether /save would write exactly this file; any other file is data, which /save must not overwrite."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) == {"messages": messages}
-    except (OSError, ValueError):  # a pattern of names, or an address of the hub; another format
+    except (OSError, ValueError):  # a glob, a hub address, or another format
         return False
 
 
@@ -321,9 +316,9 @@ def _speed(tokens: int, seconds: float) -> str:
 
 
 def _readline() -> Any:
-    """The standard library's line editing, where Python was built with it.
+    """The standard library's line editing, or None if Python was built without it.
 
-    It is imported for a terminal only, because some versions write control codes to standard output at once.
+    It is imported for a terminal only, because some versions write control codes to standard output on import.
     """
     try:
         import readline
@@ -333,9 +328,9 @@ def _readline() -> Any:
 
 
 @contextmanager
-def _history(wanted: bool) -> Iterator[None]:
-    """The lines typed, kept from chat to chat where they can be."""
-    readline = _readline() if wanted else None
+def _history(enabled: bool) -> Iterator[None]:
+    """Keeps the typed lines across chats, if the history file can be read and written."""
+    readline = _readline() if enabled else None
     if readline is None:
         yield
         return

@@ -1,1 +1,1 @@
-"""A model behind HTTP: OpenAI's API, and a page to talk to it."""
+"""An HTTP server: OpenAI's API and a chat page."""

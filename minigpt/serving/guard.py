@@ -1,8 +1,8 @@
-"""What stands before the routes: who may ask, how much, from where; and what is counted of it.
+"""The middleware before the routes: API key, allowed hosts and origins, size limit, security headers, metrics.
 
-A page of any other site that is open in the same browser can send requests to a server on the loopback interface, and
-read the answers where it points a name of its own there (DNS rebinding). So a server without a key answers to the
-names of the interface alone, and to no page but its own.
+A page of another site, open in the same browser, can send requests to a server on the loopback interface. It can read
+the responses too if its host name resolves to that interface (DNS rebinding). So a server without a key checks that
+the Host header is a name of the loopback interface, and the Origin its own.
 """
 
 import hmac
@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
 
-MAX_BODY = 1 << 20  # bytes; many times what a context of 1,024 tokens holds
-OPEN = {"/", "/chat.css", "/chat.js", "/health", "/openapi.json"}  # for which no key is needed
+MAX_BODY = 1 << 20  # bytes; a context of 1,024 tokens needs only a fraction
+OPEN_PATHS = {"/", "/chat.css", "/chat.js", "/health", "/openapi.json"}  # need no key
 SECURITY = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -30,18 +31,18 @@ SECURITY = {
 
 HELP = {
     "requests_total": "Requests by path and status.",
-    "prompt_tokens_total": "Tokens of prompts.",
-    "completion_tokens_total": "Tokens of answers.",
-    "first_token_seconds": "From the request to its first token.",
-    "answer_seconds": "From the request to its last token.",
-    "rows_running": "Answers under way.",
-    "rows_waiting": "Answers that wait for a place.",
-    "up": "Whether the model answers.",
+    "prompt_tokens_total": "Prompt tokens.",
+    "completion_tokens_total": "Generated tokens.",
+    "first_token_seconds": "Seconds from the request to its first token.",
+    "answer_seconds": "Seconds from the request to its last token.",
+    "rows_running": "Answers in the running batch.",
+    "rows_waiting": "Answers in the queue.",
+    "up": "1 while the model worker runs, else 0.",
 }
 
 
-class ApiError(HTTPException):
-    """An error in OpenAI's shape."""
+class HttpError(HTTPException):
+    """An HTTP error whose body has the format of OpenAI's API."""
 
     def __init__(
         self,
@@ -55,13 +56,13 @@ class ApiError(HTTPException):
     ):
         super().__init__(status, message, headers)
         body = {"error": {"message": message, "type": type, "param": param, "code": code}}
-        self.json = json.dumps(body)  # in ASCII: what was sent may hold a lone surrogate, which UTF-8 cannot
+        self.json = json.dumps(body)  # as ASCII: the message may quote a lone surrogate, which UTF-8 cannot encode
 
     def response(self) -> Response:
         return Response(self.json, self.status_code, self.headers, "application/json")
 
 
-class Metrics:
+class ServerMetrics:
     """Counters in Prometheus' text format (https://prometheus.io/docs/instrumenting/exposition_formats)."""
 
     def __init__(self) -> None:
@@ -86,18 +87,18 @@ class Metrics:
 
 
 class Guard:
-    """An ASGI application around another.
+    """ASGI middleware: checks a request before it reaches the application.
 
     Args:
-        api_key: without it, all but the page and the health is refused; None asks for none.
-        hosts: the names under which the server answers, and to no page of another origin; None is any.
-        paths: those that are counted by name.
+        api_key: required for all paths but `OPEN_PATHS`; None requires no key.
+        hosts: the host names to accept, and then also no Origin but the server's own; None accepts all.
+        paths: paths that the metrics count by name; all others are counted as "other".
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        metrics: Metrics,
+        metrics: ServerMetrics,
         *,
         api_key: str | None,
         hosts: Collection[str] | None,
@@ -107,17 +108,17 @@ class Guard:
         self._authorization = f"Bearer {api_key}".encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        read = 0
+        received = 0  # bytes of the body
 
-        async def receive_limited() -> Message:
-            nonlocal read
+        async def receive_limited() -> AsgiMessage:
+            nonlocal received
             message = await receive()
-            read += len(message.get("body", b""))
-            if read > MAX_BODY:
+            received += len(message.get("body", b""))
+            if received > MAX_BODY:
                 raise _too_large()
             return message
 
-        async def send_secured(message: Message) -> None:
+        async def send_with_headers(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update({"Cache-Control": "no-store", **SECURITY})
                 path = scope["path"] if scope["path"] in self.paths else "other"
@@ -126,20 +127,30 @@ class Guard:
 
         try:
             self._check(scope["path"], Headers(scope=scope))
-        except ApiError as error:
-            await error.response()(scope, receive, send_secured)
+        except HttpError as error:
+            await error.response()(scope, receive, send_with_headers)
         else:
-            await self.app(scope, receive_limited, send_secured)
+            await self.app(scope, receive_limited, send_with_headers)
 
     def _check(self, path: str, headers: Headers) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.hosts is not None and _hostname(f"//{host}") not in self.hosts:
-            raise ApiError(403, f"without --api_key the server does not answer to the name {host!r}", code="wrong_host")
+            raise HttpError(
+                403,
+                f"host name {host!r} is refused: without --api_key only loopback names such as localhost are allowed",
+                code="wrong_host",
+            )
         if self.hosts is not None and origin is not None and origin.partition("://")[2] != host:
-            raise ApiError(403, "without --api_key pages of other sites may not ask the server", code="wrong_origin")
-        given = headers.get("authorization", "").encode("latin-1")
-        if self._authorization and path not in OPEN and not hmac.compare_digest(given, self._authorization):
-            raise ApiError(
+            raise HttpError(
+                403, "request from a page of another site is refused: set --api_key to allow it", code="wrong_origin"
+            )
+        authorization = headers.get("authorization", "").encode("latin-1")
+        if (
+            self._authorization
+            and path not in OPEN_PATHS
+            and not hmac.compare_digest(authorization, self._authorization)
+        ):
+            raise HttpError(
                 401,
                 "the API key is missing or wrong (Authorization: Bearer KEY)",
                 code="invalid_api_key",
@@ -150,8 +161,8 @@ class Guard:
             raise _too_large()
 
 
-def _too_large() -> ApiError:
-    return ApiError(413, f"the body is larger than {MAX_BODY:,} bytes", code="request_too_large")
+def _too_large() -> HttpError:
+    return HttpError(413, f"the body is larger than {MAX_BODY:,} bytes", code="request_too_large")
 
 
 def _hostname(url: str) -> str | None:

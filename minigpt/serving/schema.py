@@ -1,9 +1,9 @@
-"""What requests and answers look like: the fields of OpenAI's API that apply to a GPT-2.
+"""The request and response bodies: the fields of OpenAI's API that apply to a GPT-2.
 
 Source: the API reference of chat completions and completions (https://platform.openai.com/docs/api-reference).
-Fields that ask for what is not here (tools, logprobs, ...) are declared with the values that ask for nothing, because
-clients send those; any other value, and any other field, is refused by name. `top_k`, `repetition_penalty`,
-`truncation` and a message's `input` are ours; `truncation` means what it means in OpenAI's responses.
+Fields of unsupported features (tools, logprobs, ...) accept only the values that turn the feature off, because clients
+send those; any other value and any unknown field is refused by name. `top_k`, `repetition_penalty`, `truncation` and a
+message's `input` are extensions; `truncation` has the meaning of OpenAI's responses API.
 """
 
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ MAX_CHOICES = 16
 
 
 def _boolean(value: Any) -> Any:
-    if not isinstance(value, bool):  # 0 equals False, and would do for it
+    if not isinstance(value, bool):  # Literal[False] accepts 0, because 0 == False
         raise ValueError("Input should be false")
     return value
 
@@ -26,7 +26,7 @@ EmptyList = Annotated[list[Any], Field(max_length=0)]
 EmptyDict = Annotated[dict[str, Any], Field(max_length=0)]
 
 
-NOT_HERE = {
+UNSUPPORTED = {
     *("frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs", "response_format", "tools"),
     *("tool_choice", "functions", "function_call", "modalities", "audio", "store", "best_of", "echo", "suffix"),
 }
@@ -45,8 +45,8 @@ class TextFormat(_Strict):
     type: Literal["text"]
 
 
-class Sampled(_Strict):
-    """What both kinds of request have. What is left out is as the server was started."""
+class SamplingFields(_Strict):
+    """The fields of both kinds of request. The defaults are the flags of the server."""
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -60,15 +60,15 @@ class Sampled(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    # what is not here
+    # unsupported features
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     logit_bias: EmptyDict | None = None
 
     @model_validator(mode="after")
-    def _options_go_with_streaming(self) -> "Sampled":
+    def _check_stream_options(self) -> "SamplingFields":
         if self.stream_options and not self.stream:
-            raise ValueError("stream_options goes with stream: true")
+            raise ValueError("stream_options needs stream: true")
         return self
 
     @property
@@ -89,9 +89,9 @@ class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ContentPart]
     input: str | None = None
-    """Alpaca's input, which the template places."""
+    """Alpaca's input; the template decides where it goes."""
     name: str | None = None
-    # what an answer, sent back, may carry
+    # fields of an answer, which clients send back with the conversation
     refusal: None = None
     audio: None = None
     annotations: EmptyList | None = None
@@ -99,20 +99,20 @@ class ChatMessage(_Strict):
     tool_calls: EmptyList | None = None
 
     def as_message(self) -> dict[str, str]:
-        """As `Template.render` takes it."""
+        """The message in the format of `Template.render`."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": text, **({"input": self.input} if self.input else {})}
 
 
-class ChatRequest(Sampled):
+class ChatRequest(SamplingFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    """auto: what is longer than the context loses its oldest turns, and an answer gets at most half of the context.
-    disabled, the default: it is refused."""
+    """auto: the oldest turns of a conversation longer than the context are dropped, and an answer gets at most half of
+    the context. disabled, the default: such a conversation is refused."""
     metadata: dict[str, Any] | None = None
-    # what is not here
+    # unsupported features
     logprobs: No | None = None
     top_logprobs: None = None
     response_format: TextFormat | None = None
@@ -129,21 +129,21 @@ class ChatRequest(Sampled):
 TokenId = Annotated[int, Field(ge=0)]
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(SamplingFields):
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
     )
-    # what is not here
+    # unsupported features
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     echo: No | None = None
     logprobs: None = None
     suffix: Literal[""] | None = None
 
 
-# ---- answers
+# ---- responses
 
 
 class Usage(BaseModel):
@@ -153,7 +153,7 @@ class Usage(BaseModel):
 
 
 class Truncated(BaseModel):
-    """What of the conversation is not in the prompt."""
+    """How much of the conversation was left out of the prompt."""
 
     turns_dropped: int
     tokens_cut: int

@@ -1,4 +1,4 @@
-"""`chat.py --serve`: the application on a socket, from the first request to an orderly end."""
+"""`chat.py --serve`: runs the application on a socket, with a graceful shutdown."""
 
 import asyncio
 import logging
@@ -12,30 +12,30 @@ from minigpt.serving.requests import RequestBuilder
 from minigpt.serving.worker import Worker
 from minigpt.settings.groups import ServeArguments
 
-GRACE_S = 15  # that long answers under way may take when the server is asked to end
+GRACE_S = 15  # at shutdown, running answers get this many seconds to finish
 
 
 class Server(uvicorn.Server):
-    """A model on a socket. `run` serves until SIGTERM or Ctrl-C; answers under way may then finish within `GRACE_S`
-    seconds, and are cut after.
+    """Serves a model. `run` returns after SIGTERM or Ctrl-C: answers that are running then may finish within `GRACE_S`
+    seconds, and are aborted after that.
 
     Args:
-        asker: model, tokenizer, template and settings.
-        name: of the model, as clients call it.
-        config: where it listens, to whom, and to how many at once.
+        builder: holds model, tokenizer, template and settings.
+        name: the model name that clients see.
+        config: address, API key, batch size and queue size.
 
     Raises:
-        OSError: the address cannot be had.
+        OSError: the address is in use or not available.
     """
 
     def __init__(self, builder: RequestBuilder, name: str, config: ServeArguments):
         host, port = config.host, config.port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self.listening = socket.create_server((host, port), family=family, backlog=2048)
+            self.socket = socket.create_server((host, port), family=family, backlog=2048)
         except OSError as error:
-            raise OSError(f"--host {host} --port {port}: {error.strerror or error} (give another)") from error
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.listening.getsockname()[1]}"
+            raise OSError(f"--host {host} --port {port}: {error.strerror or error} (choose another)") from error
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.socket.getsockname()[1]}"
         self.worker = Worker(
             builder.model, builder.tokenizer, max_rows=config.max_batch_size, max_queue=config.max_queue
         )
@@ -46,22 +46,22 @@ class Server(uvicorn.Server):
         )
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of what is sent to a client that has just left
-        super().run(sockets or [self.listening])
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns about writes to closed connections
+        super().run(sockets or [self.socket])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if rows := self.worker.rows:
-            eprint(f"ending: {rows} answer{'s' * (rows != 1)} under way may take {GRACE_S} seconds")
-        cut = asyncio.get_running_loop().call_later(GRACE_S, self._cut)
+            eprint(f"shutting down: {rows} running answer{'s' * (rows != 1)} may take {GRACE_S} seconds")
+        abort = asyncio.get_running_loop().call_later(GRACE_S, self._abort)
         await super().shutdown(sockets)
-        cut.cancel()
-        self.worker.end("the server has ended")
+        abort.cancel()
+        self.worker.end("the server has shut down")
         await asyncio.to_thread(self.worker.join)
-        eprint("ended")
+        eprint("shut down")
 
-    def _cut(self) -> None:
-        eprint(f"{self.worker.rows} answers are cut")
-        self.worker.end("the server is ending, and the answer is cut")
+    def _abort(self) -> None:
+        eprint(f"{self.worker.rows} answers are aborted")
+        self.worker.end("the server is shutting down; the answer is aborted")
 
 
 def eprint(text: str) -> None:

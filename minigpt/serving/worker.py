@@ -1,7 +1,7 @@
-"""The thread that owns the model: requests join its batch, tokens go back as they come.
+"""The worker thread, which runs the model: continuous batching of the rows of all requests.
 
-One thread runs the `Decoder`, so that nobody else touches its rows. The others leave their wishes in an inbox under a
-lock, which the thread empties between two steps.
+Only this thread touches the `Decoder`. Other threads put jobs and cancellations into an inbox under a lock, and the
+worker empties the inbox between two steps.
 """
 
 import sys
@@ -19,7 +19,7 @@ from minigpt.model.base import CausalLM
 
 
 class Token(NamedTuple):
-    """What a row got. `reason` says why it ends with it, as in `Decoder.step`."""
+    """A new token of a row. `reason` is why the row ends with it, as in `Decoder.step`."""
 
     row: int
     id: int
@@ -27,11 +27,11 @@ class Token(NamedTuple):
 
 
 class QueueFull(Exception):
-    """As many rows wait as may; later there is room."""
+    """The queue has no space for the rows of a request; the client may try again later."""
 
 
 class WorkerEnded(Exception):
-    """No answers come any more: the worker failed, or was told to stop."""
+    """The worker thread has failed or was told to stop, so no more tokens are generated."""
 
 
 Deliver = Callable[[Token | WorkerEnded], None]
@@ -39,65 +39,67 @@ Deliver = Callable[[Token | WorkerEnded], None]
 
 @dataclass(eq=False)
 class Job:
-    """The rows of one request, and where their tokens go."""
+    """The rows of one request, and the callback for their tokens."""
 
     rows: Sequence[tuple[Sequence[int], Sampling]]
     deliver: Deliver
     keys: dict[int, int] = field(default_factory=dict)
-    """The decoder's key of each row that is not done -> its number. Empty until the worker takes the job up."""
+    """Decoder key -> row index, for each row that has not ended. Empty until the worker adds the rows."""
 
 
 class Worker:
-    """Decodes for whoever asks, until `end`.
+    """Runs the decoder in a thread until `end` is called.
 
     Args:
         model: in eval mode.
-        max_rows: rows that run together.
-        max_queue: rows that may wait for a place.
+        max_rows: the number of rows in a batch.
+        max_queue: the number of rows that may wait for the batch.
     """
 
     def __init__(self, model: CausalLM, tokenizer: Tokenizer, *, max_rows: int, max_queue: int):
         self._decoder = Decoder(model, max_rows=max_rows, tokenizer=tokenizer)
         self.max_rows, self.capacity = max_rows, max_rows + max_queue
         self.ended: WorkerEnded | None = None
-        self.rows = 0  # accepted and not yet done: under way, or waiting
+        self.rows = 0  # rows accepted and not ended yet: running or waiting
         self._changed = threading.Condition()
-        self._inbox: deque[tuple[Job, bool]] = deque()  # (job, whether it comes or leaves)
-        self._owners: dict[int, Job] = {}  # by the decoder's key
+        self._inbox: deque[tuple[Job, bool]] = deque()  # (job, True to add it or False to cancel it)
+        self._owners: dict[int, Job] = {}  # decoder key -> the job of the row
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self._thread.start()
 
     def submit(self, rows: Sequence[tuple[Sequence[int], Sampling]], deliver: Deliver) -> Job:
-        """Rows that join the batch together with those of others.
+        """Queues the rows of a request, which are decoded in one batch with those of other requests.
 
         Args:
-            rows: prompt ids and settings that `Decoder.add` takes.
-            deliver: is called in the worker's thread for every token, or once with what ended the worker. It must not
-                raise or wait.
+            rows: prompt ids and settings for `Decoder.add`.
+            deliver: called in the worker thread for every token, and once with the `WorkerEnded` if the worker ends.
+                It must neither raise nor block.
 
         Raises:
-            QueueFull: there is no room for them now.
-            WorkerEnded: nobody would answer.
+            QueueFull: the queue has no space for the rows.
+            WorkerEnded: the worker has ended.
         """
         job = Job(rows, deliver)
         with self._changed:
             if self.ended:
                 raise self.ended
             if self.rows + len(rows) > self.capacity:
-                raise QueueFull(f"{self.rows} answers are under way or waiting, {self.capacity} may; try again later")
+                raise QueueFull(
+                    f"{self.rows} answers are running or waiting, the limit is {self.capacity}; try again later"
+                )
             self.rows += len(rows)
             self._inbox.append((job, True))
             self._changed.notify()
         return job
 
     def cancel(self, job: Job) -> None:
-        """Ends the rows of a job before their time. Those done already are passed over."""
+        """Frees the rows of a job before they end. Rows that have ended are ignored."""
         with self._changed:
             self._inbox.append((job, False))
             self._changed.notify()
 
     def end(self, why: str) -> None:
-        """Ends every row after the step under way, and then the thread."""
+        """Ends the thread, and all rows with it, after the current step."""
         with self._changed:
             self.ended = self.ended or WorkerEnded(why)
             self._changed.notify()
@@ -113,13 +115,13 @@ class Worker:
                     job = self._owners[key]
                     row = job.keys[key]
                     if reason:
-                        self._forget(key)
+                        self._free(key)
                     job.deliver(Token(row, id, reason))
         except Exception as error:
             message = " ".join(str(error).split())
-            advice = f" (a --max_batch_size below {self.max_rows} takes less)" if is_out_of_memory(error) else ""
+            advice = f" (a --max_batch_size below {self.max_rows} needs less)" if is_out_of_memory(error) else ""
             print(f"error: the worker ended: {type(error).__name__}: {message}{advice}", file=sys.stderr)
-            self.ended = WorkerEnded("the model failed, and the server must be started anew")
+            self.ended = WorkerEnded("the model failed; the server must be restarted")
         with self._changed:
             assert self.ended
             self.rows = 0
@@ -128,22 +130,22 @@ class Worker:
             job.deliver(self.ended)
 
     def _read_inbox(self) -> bool:
-        """Waits until there is something to do; False is the end."""
+        """Waits for work, then adds and cancels jobs; returns False if the worker has to end."""
         with self._changed:
             self._changed.wait_for(lambda: self._inbox or self._owners or self.ended)
             while self._inbox and not self.ended:
-                job, comes = self._inbox[0]
-                if comes:
+                job, is_new = self._inbox[0]
+                if is_new:
                     for row, (prompt, sampling) in enumerate(job.rows):
                         key = self._decoder.add(prompt, sampling)
                         self._owners[key], job.keys[key] = job, row
                 else:
                     for key in list(job.keys):
-                        self._forget(key)
+                        self._free(key)
                 self._inbox.popleft()
             return not self.ended
 
-    def _forget(self, key: int) -> None:
+    def _free(self, key: int) -> None:
         self._decoder.remove(key)
         del self._owners.pop(key).keys[key]
         with self._changed:

@@ -1,1 +1,1 @@
-from ..inference.conftest import *  # noqa: F403  # the models and settings that these tests share
+from ..inference.conftest import *  # noqa: F403  # shared fixtures

@@ -1,4 +1,4 @@
-"""predictions.html, as a browser reads it."""
+"""Parses predictions.html."""
 
 import json
 from html.parser import HTMLParser
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Page(HTMLParser):
-    """The elements of a page with their attributes, and the text of the data."""
+    """The elements of a page with their attributes, and the text of the data element."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -24,7 +24,7 @@ class Page(HTMLParser):
 
 
 def page_data(file: Path) -> dict:
-    """What a browser would find in the page."""
+    """The data in the page."""
     page = Page(file.read_text(encoding="utf-8"))
     assert [tag for tag, _ in page.elements].count("script") == 2
     data = page.data.split("\n  \n")[0]

@@ -1,4 +1,4 @@
-"""What the tests of inference share."""
+"""Fixtures of the tests of inference."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from minigpt.settings.groups import TrainConfig
 from minigpt.training.engines.torch_engine import make_engine
 from minigpt.training.loop import train
 
-from .by_heart import CONVERSATIONS, TEMPLATE
+from .memorized_data import CONVERSATIONS, TEMPLATE
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +26,10 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def speaker(tokenizer: Tokenizer) -> Callable[..., GPT]:
-    """`speaker(ids)`: a model that says `ids`, whatever it is asked, and then only end-of-text.
+    """`speaker(ids)`: a model that generates `ids` for any prompt, and then only end-of-text.
 
-    It has no layers. A position's embedding points at the token to be said there and drowns the token read, so by
-    the tied head that token is the likeliest by far.
+    It has no layers. Each position's embedding is 1000 times the embedding of the token to generate there, so it
+    outweighs the input token, and the tied head makes that token the likeliest by far.
     """
 
     def speak(ids: list[int], prompt_length: int, context: int = 256) -> GPT:
@@ -47,8 +47,8 @@ def speaker(tokenizer: Tokenizer) -> Callable[..., GPT]:
 
 
 @pytest.fixture(scope="session")
-def learnt(tokenizer: Tokenizer) -> GPT:
-    """Overfit on by_heart.py's rows. Were end-of-text masked because it is also the padding, it would never stop."""
+def memorized(tokenizer: Tokenizer) -> GPT:
+    """A model overfitted on memorized_data.py; it could not stop if end-of-text were masked as padding."""
     torch.manual_seed(0)
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0)
     model = GPT(GPTConfig(tokenizer.vocab_size, n_positions=64, n_embd=128, n_layer=2, n_head=2, **dropouts))
@@ -59,8 +59,8 @@ def learnt(tokenizer: Tokenizer) -> GPT:
 
 
 @pytest.fixture
-def asked():
-    """A random model, and a list of the prompts that it reads."""
+def prompt_recorder():
+    """Makes a random model, and a list to which each prompt that it reads is appended."""
     prompts = []
 
     def make(tokenizer, context=128):
@@ -75,13 +75,13 @@ def asked():
 
 
 @pytest.fixture(scope="session")
-def talkers(tmp_path_factory, tokenizer: Tokenizer) -> Path:
+def untrained_models(tmp_path_factory, tokenizer: Tokenizer) -> Path:
     """A folder with two models that were never trained.
 
-    `brief` says at each position a word of that position, and end-of-text at every twelfth, so its answers show how
-    long the prompt was; `endless` says words without end.
+    `brief` generates a fixed word at each position, and end-of-text at every twelfth, so its answers show how long the
+    prompt was; `endless` generates words without end.
     """
-    folder = tmp_path_factory.mktemp("talkers")
+    folder = tmp_path_factory.mktemp("untrained_models")
     words = [id for id in range(tokenizer.vocab_size - 1) if re.fullmatch(r" [a-z]{4,}", tokenizer.decode([id]))]
     for name, context, period in (("brief", 256, 12), ("endless", 8192, 9999)):
         torch.manual_seed(0)
@@ -97,23 +97,23 @@ def talkers(tmp_path_factory, tokenizer: Tokenizer) -> Path:
 
 
 @pytest.fixture
-def twin(talkers: Path) -> Chat:
-    """A chat with `brief` in this process, which says what the one in a process of its own has to say."""
-    model = GPT.from_pretrained(talkers / "brief")
+def twin(untrained_models: Path) -> Chat:
+    """A chat with `brief` in this process: its answers are the expected output of chat.py in a subprocess."""
+    model = GPT.from_pretrained(untrained_models / "brief")
     return Chat(model, Tokenizer.tiny(), get_template("hugchat"), max_new_tokens=256)
 
 
 @pytest.fixture(scope="session")
 def served_model() -> GPT:
-    from ..serving.served import make_model
+    from ..serving.running_server import make_model
 
     return make_model(context=256)
 
 
 @pytest.fixture(scope="module")
 def server(served_model: GPT) -> Iterator:
-    """A server that has nothing but a module's tests to do."""
-    from ..serving.served import serving
+    """A server for the tests of one module."""
+    from ..serving.running_server import serving
 
     with serving(served_model) as server:
         yield server
@@ -121,7 +121,7 @@ def server(served_model: GPT) -> Iterator:
 
 @pytest.fixture(scope="session")
 def slow_model() -> GPT:
-    """Twenty milliseconds a step: time enough to leave, to wait and to be turned away."""
-    from ..serving.served import make_model
+    """A model that takes 20 ms per step, so that clients can disconnect, queue and be rejected meanwhile."""
+    from ..serving.running_server import make_model
 
     return make_model(context=256, step_s=0.02)

@@ -1,4 +1,4 @@
-"""chat.py in a pseudo-terminal: what is typed, and what is shown."""
+"""Runs chat.py in a pseudo-terminal: sends keys and reads what is shown."""
 
 import codecs
 import fcntl
@@ -22,7 +22,7 @@ CONTROL_CODE = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]|\x1b[=>]|\a")
 
 
 class Pty:
-    """chat.py with a terminal of its own, which is as wide as to wrap no line."""
+    """chat.py in its own terminal, which is so wide that no line wraps."""
 
     def __init__(self, folder: Path, *arguments: object, **environment: str):
         command = [sys.executable, str(ROOT / "chat.py"), *map(str, arguments)]
@@ -32,34 +32,34 @@ class Pty:
             os.execve(sys.executable, command, environment_of(folder) | environment)
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 4000, 0, 0))
         self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.text = ""  # what was read and not yet returned
+        self.text = ""  # read and not returned yet
 
     def until(self, pattern: str, timeout: float = 60) -> str:
-        """All that is shown up to a match of the pattern, without it."""
+        """Waits for a match of the pattern, and returns the text before it."""
         end = time.monotonic() + timeout
-        while not (found := re.search(pattern, self.text)):
-            left = end - time.monotonic()
-            assert left > 0 and select.select([self.fd], [], [], left)[0], f"no {pattern!r} in {self.text!r}"
+        while not (match := re.search(pattern, self.text)):
+            remaining = end - time.monotonic()
+            assert remaining > 0 and select.select([self.fd], [], [], remaining)[0], f"no {pattern!r} in {self.text!r}"
             try:
                 data = os.read(self.fd, 1 << 16)
-            except OSError:  # Linux's way to say that the other side has gone
+            except OSError:  # on Linux: the process has closed the terminal
                 data = b""
-            assert data, f"it ended, with no {pattern!r} in {self.text!r}"
+            assert data, f"the process ended, with no {pattern!r} in {self.text!r}"
             self.text = CONTROL_CODE.sub("", self.text + self.decoder.decode(data).replace("\r", ""))
-        before, self.text = self.text[: found.start()], self.text[found.end() :]
+        before, self.text = self.text[: match.start()], self.text[match.end() :]
         return before
 
     def send(self, keys: str) -> None:
         os.write(self.fd, keys.encode())
 
-    def print0(self, line: str) -> str:
-        """What is shown for a line, up to the next prompt."""
+    def enter(self, line: str) -> str:
+        """Types a line, and returns what is shown up to the next prompt."""
         self.send(line + "\r")
         self.until(re.escape(line) + "\n")
         return self.until(r"(?m)^> ")
 
     def ctrl_c(self) -> None:
-        """Ctrl-C at the prompt, once readline waits for a key: one that comes before is noticed with the next key."""
+        """Sends Ctrl-C once readline waits for a key: an earlier one would take effect only at the next key."""
         asleep = 0
         while asleep < 10:
             time.sleep(0.05)
@@ -67,10 +67,10 @@ class Pty:
             asleep = asleep + 1 if state == "S" else 0
         self.send("\x03")
 
-    def ended(self) -> int:
-        """The exit code, once it has ended."""
-        with pytest.raises(AssertionError, match="it ended"):
-            self.until("(?!)")  # what matches nothing
+    def wait(self) -> int:
+        """Waits for the process to end, and returns its exit code."""
+        with pytest.raises(AssertionError, match="the process ended"):
+            self.until("(?!)")  # matches nothing
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def close(self) -> None:
@@ -79,14 +79,14 @@ class Pty:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
         except (ChildProcessError, ProcessLookupError):
-            pass  # it has ended, and was waited for
+            pass  # already ended and waited for
 
 
 def environment_of(folder: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MINIGPT_", "XDG_", "INPUTRC"))}
-    return kept | {"HOME": str(folder), "TERM": "xterm", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MINIGPT_", "XDG_", "INPUTRC"))}
+    return environment | {"HOME": str(folder), "TERM": "xterm", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def answer(chat: Chat, question: str) -> str:
-    """What is shown for a question."""
+    """The expected output for a question."""
     return "".join(chat.ask(question)) + "\n"

@@ -1,4 +1,4 @@
-"""Tokens as text that is shown: no stop string, no half of a character, whatever the borders of tokens."""
+"""AnswerText: no stop string and no incomplete character is shown, wherever the token boundaries are."""
 
 import random
 
@@ -8,14 +8,14 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.answer_text import AnswerText
 
 
-def test_the_example_of_answer_text():
+def test_docstring_example():
     tokenizer = Tokenizer.tiny()
     text = AnswerText(tokenizer, ["###"], trim_start=True, trim_end=True)
     pieces = [text.feed(id) for id in tokenizer.encode(" Yes #")]
     assert [*pieces, text.end()] == ["Y", "es", "", "", " #"]
 
 
-def test_stop_strings_never_leak_whatever_the_borders_of_tokens():
+def test_stop_strings_are_never_shown_even_across_token_boundaries():
     tokenizer, rng = Tokenizer.tiny(), random.Random(0)
     for _ in range(500):
         text = "".join(rng.choice(["a", "b", "ab", "# ", "##", "\n", " ", "日本", "🙂", "é"]) for _ in range(30))
@@ -30,7 +30,7 @@ def test_stop_strings_never_leak_whatever_the_borders_of_tokens():
         assert shown == (expected.rstrip() if trim_end else expected)
 
 
-def test_what_only_begins_like_a_stop_string_waits_no_longer_than_it_must():
+def test_a_partial_stop_string_is_held_back_only_while_it_may_become_one():
     tokenizer = Tokenizer.tiny()
     answer = AnswerText(tokenizer, ["###"], trim_start=False, trim_end=True)
     pieces = ["".join(answer.feed(id) for id in tokenizer.encode(part)) for part in ("Yes", ". ", "\n", "##", " No")]
@@ -40,12 +40,19 @@ def test_what_only_begins_like_a_stop_string_waits_no_longer_than_it_must():
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_bytes_that_are_no_character_are_not_shown(trim):
-    """Nor a blank before them at the end, which they kept from being trimmed."""
+def test_invalid_utf8_is_not_shown(trim):
+    """Regression: invalid bytes at the end kept a space before them from being trimmed."""
     tokenizer = Tokenizer.tiny()
-    halves = [id for sign in "🙂日" for id in tokenizer.encode(sign)[:-1]]
-    assert len(halves) > 2
+    incomplete = [id for sign in "🙂日" for id in tokenizer.encode(sign)[:-1]]
+    assert len(incomplete) > 2
     answer = AnswerText(tokenizer, [], trim_start=trim, trim_end=trim)
-    ids = [*halves, *tokenizer.encode(" a"), *halves, *tokenizer.encode("b🙂 "), *halves, *tokenizer.encode(" ")]
-    text = "".join(answer.feed(id) for id in [*ids, halves[0]]) + answer.end()
+    ids = [
+        *incomplete,
+        *tokenizer.encode(" a"),
+        *incomplete,
+        *tokenizer.encode("b🙂 "),
+        *incomplete,
+        *tokenizer.encode(" "),
+    ]
+    text = "".join(answer.feed(id) for id in [*ids, incomplete[0]]) + answer.end()
     assert text == ("ab🙂" if trim else " ab🙂  ")

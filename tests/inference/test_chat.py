@@ -1,4 +1,4 @@
-"""A conversation: what is shown of an answer, and what is remembered. (test_fit_prompt.py: what the model is asked.)"""
+"""A conversation: the text shown for an answer, and the messages stored. (The prompts: test_fit_prompt.py.)"""
 
 import json
 import random
@@ -25,10 +25,10 @@ def encode(tokenizer, template, messages):
 
 
 @pytest.fixture
-def print0(speaker, tokenizer):
-    """The pieces that are shown, and what is remembered, when a model says a text."""
+def shown_pieces(speaker, tokenizer):
+    """The pieces that the chat shows if the model generates a text; also checks the stored messages."""
 
-    def print0(text, template=ALPACA, max_new_tokens=150):
+    def shown_pieces(text, template=ALPACA, max_new_tokens=150):
         prompt = encode(tokenizer, template, [QUESTION])
         model = speaker(tokenizer.encode(text), prompt_length=len(prompt))
         chat = Chat(model, tokenizer, template, max_new_tokens=max_new_tokens)
@@ -38,72 +38,72 @@ def print0(speaker, tokenizer):
         assert all(pieces)
         return pieces
 
-    return print0
+    return shown_pieces
 
 
-# ---- what is shown
+# ---- the text shown
 
 
-def test_an_answer_comes_in_pieces_and_is_remembered(print0):
-    pieces = print0("The capital of France is Paris.")
+def test_an_answer_is_streamed_and_stored(shown_pieces):
+    pieces = shown_pieces("The capital of France is Paris.")
     assert "".join(pieces) == "The capital of France is Paris."
     assert len(pieces) > 4
 
 
-def test_blanks_around_an_answer_are_not_shown(print0):
-    assert "".join(print0("  \n The capital  is\n\n Paris. \n\n  ")) == "The capital  is\n\n Paris."
+def test_whitespace_around_an_answer_is_not_shown(shown_pieces):
+    assert "".join(shown_pieces("  \n The capital  is\n\n Paris. \n\n  ")) == "The capital  is\n\n Paris."
 
 
 @pytest.mark.parametrize(
     "template", [ALPACA, HUGCHAT, get_template("io", instruction="Request")], ids=["alpaca", "hugchat", "io"]
 )
-def test_a_stop_string_is_not_shown_even_in_part(print0, template):
+def test_a_stop_string_is_not_shown_even_in_part(shown_pieces, template):
     [stop] = template.stop_strings()
     for text in (f"Paris. \n\n{stop} Another", f"Paris.{stop}", f"Paris.\n\n{stop[:3]}{stop}"):
-        assert "".join(print0(text, template)) == template.read_answer(text)
-    assert "".join(print0(f"{stop} Paris", template)) == ""
+        assert "".join(shown_pieces(text, template)) == template.read_answer(text)
+    assert "".join(shown_pieces(f"{stop} Paris", template)) == ""
 
 
 @pytest.mark.parametrize("stop", [ALPACA.stop_strings()[0], HUGCHAT.stop_strings()[0]])
-def test_what_only_begins_like_a_stop_string_is_shown(print0, stop):
+def test_a_partial_stop_string_is_shown(shown_pieces, stop):
     template = ALPACA if stop in ALPACA.stop_strings() else HUGCHAT
     for size in range(1, len(stop)):
         for text in (f"Paris, {stop[:size]}-x {stop[:size]}", f"a{stop[:size]}{stop[:size]}b"):
-            assert "".join(print0(text, template)) == text.strip()
+            assert "".join(shown_pieces(text, template)) == text.strip()
 
 
-def test_no_character_comes_in_halves(print0):
-    """Token-wise decoding shows U+FFFD for each part of a character that takes several tokens."""
+def test_incomplete_characters_are_not_shown(shown_pieces):
+    """Decoding token by token would show U+FFFD for each part of a character that takes several tokens."""
     characters = [*"日本語中文한국어", "😀", "👩‍👩‍👧", "🇫🇷", "e\u0301", "ß", "a", " ", "\n"]
     for seed in range(60):
         text = "".join(random.Random(seed).choices(characters, k=20)).strip()
-        pieces = print0(text)
+        pieces = shown_pieces(text)
         assert "".join(pieces) == text
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_half_a_character_at_the_end_is_not_shown(print0, tokenizer):
+def test_an_incomplete_character_at_the_end_is_not_shown(shown_pieces, tokenizer):
     assert len(tokenizer.encode("Paris 日")) > 3
-    assert "".join(print0("Paris 日", max_new_tokens=len(tokenizer.encode("Paris 日")) - 1)) == "Paris"
+    assert "".join(shown_pieces("Paris 日", max_new_tokens=len(tokenizer.encode("Paris 日")) - 1)) == "Paris"
 
 
-def test_a_blank_line_ends_an_answer_where_that_is_asked_for(speaker, tokenizer, tmp_path):
-    """HugChat's corpora end a turn with one, and models trained on them without end-of-text run on."""
+def test_stop_blank_line(speaker, tokenizer, tmp_path):
+    """HugChat's corpora end a turn with a blank line; models trained on them without end-of-text do not stop."""
     prompt = encode(tokenizer, HUGCHAT, [QUESTION])
     speaker(tokenizer.encode(" Paris.\nIt is. \n\nAnd more."), prompt_length=len(prompt)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     command = [sys.executable, ROOT / "chat.py", "--model_name_or_path", tmp_path, "--prompt", QUESTION["content"]]
-    for switch, shown in (([], "Paris.\nIt is. \n\nAnd more.\n"), (["--stop_blank_line"], "Paris.\nIt is.\n")):
-        done = subprocess.run([*command, "--template", "hugchat", *switch], capture_output=True, text=True, timeout=120)
+    for flags, shown in (([], "Paris.\nIt is. \n\nAnd more.\n"), (["--stop_blank_line"], "Paris.\nIt is.\n")):
+        done = subprocess.run([*command, "--template", "hugchat", *flags], capture_output=True, text=True, timeout=120)
         assert (done.returncode, done.stdout) == (0, shown)
 
 
 # ---- a model that continues text
 
 
-def test_without_a_template_one_text_grows(asked, tokenizer):
-    """What came is kept verbatim, and what is typed next begins a line."""
-    model, prompts = asked(tokenizer)
+def test_without_a_template_the_conversation_is_one_growing_text(prompt_recorder, tokenizer):
+    """Model output is kept verbatim, and the next user input starts a new line."""
+    model, prompts = prompt_recorder(tokenizer)
     chat = Chat(model, tokenizer, get_template("none"), max_new_tokens=12)
     text = ""
     for typed in ("Once upon", "A second line", "  a third"):
@@ -117,19 +117,19 @@ def test_without_a_template_one_text_grows(asked, tokenizer):
     assert tokenizer.decode(prompts[-1]).endswith("\nAnother\nwith an input")
 
 
-def test_a_blank_before_a_continuation_is_part_of_it(print0):
-    assert print0(" there was", get_template("none"))[0].startswith(" ")
+def test_a_leading_space_is_part_of_a_continuation(shown_pieces):
+    assert shown_pieces(" there was", get_template("none"))[0].startswith(" ")
 
 
-def test_the_worked_example_of_as_one_text():
-    said = [{"role": "user", "content": "A cat"}, {"role": "assistant", "content": " sat."}]
-    assert as_one_text([*said, {"role": "user", "content": "It"}]) == [{"role": "user", "content": "A cat sat.\nIt"}]
+def test_docstring_example_of_as_one_text():
+    turn = [{"role": "user", "content": "A cat"}, {"role": "assistant", "content": " sat."}]
+    assert as_one_text([*turn, {"role": "user", "content": "It"}]) == [{"role": "user", "content": "A cat sat.\nIt"}]
 
 
-# ---- what is remembered
+# ---- the messages stored
 
 
-def test_breaking_off_in_the_middle_keeps_the_conversation_whole(print0, speaker, tokenizer):
+def test_stopping_early_stores_the_partial_answer(shown_pieces, speaker, tokenizer):
     prompt = encode(tokenizer, ALPACA, [QUESTION])
     model = speaker(tokenizer.encode("The capital of France is Paris."), prompt_length=len(prompt))
     chat = Chat(model, tokenizer, ALPACA, max_new_tokens=50)
@@ -137,12 +137,12 @@ def test_breaking_off_in_the_middle_keeps_the_conversation_whole(print0, speaker
     shown = next(answer) + next(answer)
     answer.close()
     assert chat.messages == [QUESTION, {"role": "assistant", "content": shown}]
-    list(chat.ask("Go on."))  # the roles still take turns
+    list(chat.ask("Go on."))  # the roles still alternate
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
 
 
-def test_the_settings_of_sampling_are_generates(asked, tokenizer):
-    model, _ = asked(tokenizer)
+def test_sampling_settings_are_passed_to_generate(prompt_recorder, tokenizer):
+    model, _ = prompt_recorder(tokenizer)
     answers = [
         "".join(Chat(model, tokenizer, ALPACA, max_new_tokens=20, temperature=1.0, seed=seed).ask("Hello."))
         for seed in (1, 1, 2)
@@ -150,13 +150,13 @@ def test_the_settings_of_sampling_are_generates(asked, tokenizer):
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_an_answer_interrupted_before_its_first_word_leaves_nothing(asked, tokenizer, monkeypatch):
-    chat = Chat(asked(tokenizer)[0], tokenizer, ALPACA, "Be brief.", max_new_tokens=20)
+def test_an_answer_interrupted_before_any_text_is_not_stored(prompt_recorder, tokenizer, monkeypatch):
+    chat = Chat(prompt_recorder(tokenizer)[0], tokenizer, ALPACA, "Be brief.", max_new_tokens=20)
     list(chat.ask("Hello."))
     before = chat.messages
 
     def interrupted(*_, **__):
-        yield tokenizer.encode("日")[0]  # not yet a character
+        yield tokenizer.encode("日")[0]  # an incomplete character
         raise KeyboardInterrupt
 
     monkeypatch.setattr("minigpt.inference.chat.stream", interrupted)
@@ -164,13 +164,13 @@ def test_an_answer_interrupted_before_its_first_word_leaves_nothing(asked, token
         with pytest.raises(KeyboardInterrupt):
             list(ask())
         assert chat.messages == before
-    pieces = chat.ask("Never mind")  # and not even begun
+    pieces = chat.ask("Never mind")  # closed before the first token
     pieces.close()
     assert chat.messages == before
 
 
-def test_an_answer_that_fails_leaves_nothing(asked, tokenizer):
-    model, _ = asked(tokenizer)
+def test_a_failed_answer_is_not_stored(prompt_recorder, tokenizer):
+    model, _ = prompt_recorder(tokenizer)
     chat = Chat(model, tokenizer, ALPACA, max_new_tokens=20)
     list(chat.ask("Hello."))
     before = chat.messages
@@ -182,8 +182,8 @@ def test_an_answer_that_fails_leaves_nothing(asked, tokenizer):
         assert chat.messages == before
 
 
-def test_a_retry_draws_otherwise_and_replaces_the_answer(asked, tokenizer):
-    model, prompts = asked(tokenizer)
+def test_retry_samples_again_and_replaces_the_answer(prompt_recorder, tokenizer):
+    model, prompts = prompt_recorder(tokenizer)
     chat = Chat(model, tokenizer, ALPACA, max_new_tokens=20, temperature=1.0, seed=5)
     list(chat.ask("Hello.", "an input"))
     first = "".join(chat.ask("Again."))
@@ -192,13 +192,13 @@ def test_a_retry_draws_otherwise_and_replaces_the_answer(asked, tokenizer):
     assert prompts[1:] == [prompts[1]] * 4
     assert len(chat.messages) == 4
     assert chat.messages[2:] == [{"role": "user", "content": "Again."}, {"role": "assistant", "content": answers[-1]}]
-    assert "".join(chat.ask("Again.", replace=True)) == first  # a new question draws from the seed itself
-    with pytest.raises(ValueError, match="nothing has been asked yet"):
+    assert "".join(chat.ask("Again.", replace=True)) == first  # a new question uses the seed itself
+    with pytest.raises(ValueError, match="no question has been asked yet"):
         Chat(model, tokenizer, ALPACA, "Be brief.", max_new_tokens=20).retry()
 
 
-def test_undo_clear_and_another_system_text(asked, tokenizer):
-    model, prompts = asked(tokenizer, context=256)
+def test_undo_clear_and_another_system_text(prompt_recorder, tokenizer):
+    model, prompts = prompt_recorder(tokenizer, context=256)
     chat = Chat(model, tokenizer, ALPACA, max_new_tokens=8)
     list(chat.ask("One."))
     list(chat.ask("Two.", "2"))
@@ -211,26 +211,26 @@ def test_undo_clear_and_another_system_text(asked, tokenizer):
     assert [m["role"] for m in chat.messages] == ["system", *["user", "assistant"] * 2]
     chat.clear()
     assert chat.messages == [{"role": "system", "content": "Be long."}]
-    with pytest.raises(ValueError, match="nothing has been asked yet"):
+    with pytest.raises(ValueError, match="no question has been asked yet"):
         chat.undo()
     chat.system = None
     assert (chat.messages, chat.system) == ([], None)
 
 
-def test_what_is_counted(print0, speaker, tokenizer):
+def test_answer_stats(shown_pieces, speaker, tokenizer):
     prompt = encode(tokenizer, ALPACA, [QUESTION])
     ids = tokenizer.encode("The capital of France is Paris.")
     chat = Chat(speaker(ids, prompt_length=len(prompt)), tokenizer, ALPACA, max_new_tokens=50)
     list(chat.ask(QUESTION["content"]))
     [answer] = chat.answers
-    assert (answer.prompt_tokens, answer.new_tokens) == (len(prompt), len(ids) + 1)  # and the end of text
+    assert (answer.prompt_tokens, answer.new_tokens) == (len(prompt), len(ids) + 1)  # plus end-of-text
     assert 0 < answer.first_token_s < answer.seconds < 60
 
 
 # ---- files
 
 
-def test_what_is_saved_is_read_again_by_chat_and_by_training(tmp_path):
+def test_saved_messages_are_read_by_chat_and_by_training(tmp_path):
     messages = [
         {"role": "system", "content": "日本語で\n答えて。"},
         {"role": "user", "content": '"Hi" 😀\n\n', "input": "1 < 2"},
@@ -241,24 +241,24 @@ def test_what_is_saved_is_read_again_by_chat_and_by_training(tmp_path):
         save_messages(messages, tmp_path / name)
         assert load_messages(str(tmp_path / name)) == (messages, False)
         assert list(read_records(tmp_path / name)) == [Conversation(messages)]
-    with pytest.raises(FileExistsError, match=r"a\.json: is there already \(give another name\)"):
+    with pytest.raises(FileExistsError, match=r"a\.json: already exists \(give another name\)"):
         save_messages(messages[:3], tmp_path / "a.json")
     save_messages(messages[:3], tmp_path / "a.json", overwrite=True)
     assert load_messages(str(tmp_path / "a.json")) == (messages[:3], False)
 
 
-def test_what_cannot_be_saved_or_loaded(tmp_path):
-    said = [QUESTION, {"role": "assistant", "content": "Paris."}]
+def test_files_that_cannot_be_saved_or_loaded(tmp_path):
+    messages = [QUESTION, {"role": "assistant", "content": "Paris."}]
     with pytest.raises(ValueError, match=r"a\.txt: expected a name that ends in \.json or \.jsonl"):
-        save_messages(said, tmp_path / "a.txt")
-    for nothing in ([], [{"role": "system", "content": "Hi"}]):
-        with pytest.raises(ValueError, match="nothing has been said yet"):
-            save_messages(nothing, tmp_path / "a.json")
+        save_messages(messages, tmp_path / "a.txt")
+    for unanswered in ([], [{"role": "system", "content": "Hi"}]):
+        with pytest.raises(ValueError, match="there is no conversation to save yet"):
+            save_messages(unanswered, tmp_path / "a.json")
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be written to .* another name chooses another place"):
-        save_messages(said, tmp_path / "file" / "a.json")
+        save_messages(messages, tmp_path / "file" / "a.json")
     (tmp_path / "text.jsonl").write_text('{"text": "Once"}\n')
-    with pytest.raises(ValueError, match=r"text\.jsonl:1: no conversation, expected messages"):
+    with pytest.raises(ValueError, match=r"text\.jsonl:1: no conversation in it, expected messages"):
         load_messages(str(tmp_path / "text.jsonl"))
-    (tmp_path / "two.jsonl").write_text(2 * (json.dumps({"messages": said}) + "\n"))
-    assert load_messages(str(tmp_path / "two.jsonl")) == (said, True)
+    (tmp_path / "two.jsonl").write_text(2 * (json.dumps({"messages": messages}) + "\n"))
+    assert load_messages(str(tmp_path / "two.jsonl")) == (messages, True)

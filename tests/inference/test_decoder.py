@@ -1,4 +1,4 @@
-"""Rows that come and go: each gets what it gets alone."""
+"""Continuous batching: every row gets the same tokens as in a batch of one."""
 
 import random
 
@@ -14,7 +14,7 @@ CONTEXT = 48
 
 @pytest.fixture(scope="module")
 def model():
-    """Weights of std 0.2, so that answers are no loops and near-ties are rare."""
+    """Weights of std 0.2, so that answers do not loop and near-ties are rare."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=60, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4)).eval()
     with torch.no_grad():
@@ -24,7 +24,7 @@ def model():
 
 
 def requests(count, seed):
-    """Random prompts with random settings, drawn and greedy ones mixed."""
+    """Random prompts with random settings, sampled and greedy ones mixed."""
     rng = random.Random(seed)
     for number in range(count):
         prompt = [rng.randrange(60) for _ in range(rng.randint(1, 30))]
@@ -47,37 +47,37 @@ def alone(model, prompt, sampling):
     return generate(model, [prompt], **vars(sampling))[0]
 
 
-def test_rows_that_come_and_go_get_what_they_get_alone(model):
+def test_rows_do_not_depend_on_the_batch(model):
     rng = random.Random(3)
-    coming = list(requests(60, seed=1))
+    pending = list(requests(60, seed=1))
     decoder = Decoder(model, max_rows=5)
-    asked, found, reasons = {}, {}, {}
+    requests_by_key, tokens, reasons = {}, {}, {}
     running = set()
-    while coming or len(decoder):
-        for _ in range(min(len(coming), rng.choice([0, 0, 1, 4]))):
-            prompt, sampling = coming.pop()
+    while pending or len(decoder):
+        for _ in range(min(len(pending), rng.choice([0, 0, 1, 4]))):
+            prompt, sampling = pending.pop()
             key = decoder.add(prompt, sampling)
-            asked[key], found[key] = (prompt, sampling), []
+            requests_by_key[key], tokens[key] = (prompt, sampling), []
         events = decoder.step()
         assert len(events) == len({key for key, _, _ in events}) <= 5
-        assert running <= {key for key, _, _ in events}  # none waits its turn
+        assert running <= {key for key, _, _ in events}  # every running row gets a token at every step
         running = {key for key, _, reason in events if reason is None}
         for key, token, reason in events:
             assert key not in reasons
-            found[key].append(token)
+            tokens[key].append(token)
             if reason:
                 reasons[key] = reason
-    assert found == {key: alone(model, *request) for key, request in asked.items()}
-    for key, (prompt, sampling) in asked.items():
-        full = len(found[key]) == min(sampling.max_new_tokens, CONTEXT - len(prompt))
-        assert reasons[key] == ("stop" if found[key][-1] == sampling.eos_id else "length")
-        assert full or reasons[key] == "stop"
+    assert tokens == {key: alone(model, *request) for key, request in requests_by_key.items()}
+    for key, (prompt, sampling) in requests_by_key.items():
+        at_limit = len(tokens[key]) == min(sampling.max_new_tokens, CONTEXT - len(prompt))
+        assert reasons[key] == ("stop" if tokens[key][-1] == sampling.eos_id else "length")
+        assert at_limit or reasons[key] == "stop"
     assert set(reasons.values()) == {"stop", "length"}
     assert decoder.step() == []
 
 
 def test_the_batch_stays_full(model):
-    """A place is taken the step after it fell free."""
+    """A freed cache row is used again at the next step."""
     decoder = Decoder(model, max_rows=3)
     lengths = [2, 9, 4, 5, 1, 6]
     keys = [decoder.add([number + 1], Sampling(max_new_tokens=length)) for number, length in enumerate(lengths)]
@@ -89,31 +89,31 @@ def test_the_batch_stays_full(model):
     assert steps == [[0, 1, 2]] * 2 + [[1, 2, 3]] * 2 + [[1, 3, 4]] + [[1, 3, 5]] * 2 + [[1, 5]] * 2 + [[5]] * 2
 
 
-def test_whoever_leaves_changes_nothing_for_the_others(model):
-    """Running or waiting; the last row of the batch moves into a place that falls free."""
+def test_removing_a_row_does_not_change_the_others(model):
+    """Removes a running and a waiting row; the last row of the batch moves into the freed cache row."""
     requests_ = list(requests(8, seed=2))
     requests_ = [
         (prompt[:20], Sampling(max_new_tokens=20, temperature=1.0, seed=i)) for i, (prompt, _) in enumerate(requests_)
     ]
     decoder = Decoder(model, max_rows=4)
-    found = {decoder.add(*request): [] for request in requests_}
+    tokens = {decoder.add(*request): [] for request in requests_}
     for step in range(60):
         for key, token, _ in decoder.step():
-            found[key].append(token)
+            tokens[key].append(token)
         if step == 3:
             decoder.remove(1)
-            decoder.remove(6)  # it waits
-            decoder.remove(99)  # nobody's key
+            decoder.remove(6)  # still waiting
+            decoder.remove(99)  # an unknown key
             assert len(decoder) == 6
     assert len(decoder) == 0
-    decoder.remove(0)  # done already
+    decoder.remove(0)  # already ended
     for key, request in enumerate(requests_):
         expected = alone(model, *request)
-        assert found[key] == (expected[:4] if key == 1 else [] if key == 6 else expected)
+        assert tokens[key] == (expected[:4] if key == 1 else [] if key == 6 else expected)
 
 
-def test_a_decoder_that_ran_empty_goes_on(model):
-    """What earlier rows left in the cache is not read."""
+def test_an_empty_decoder_can_be_reused(model):
+    """Stale keys and values of earlier rows are not read."""
     decoder = Decoder(model, max_rows=2)
     for request in requests(6, seed=4):
         key = decoder.add(*request)
@@ -123,7 +123,7 @@ def test_a_decoder_that_ran_empty_goes_on(model):
         assert [(event[0], event[1]) for event in events] == [(key, token) for token in alone(model, *request)]
 
 
-def test_prompts_that_wait_together_are_read_in_pieces_of_bounded_size(model, monkeypatch):
+def test_prefill_batches_are_bounded(model, monkeypatch):
     from minigpt.inference import decoder as module
 
     sizes = []
@@ -134,11 +134,11 @@ def test_prompts_that_wait_together_are_read_in_pieces_of_bounded_size(model, mo
         decoder = Decoder(model, max_rows=5)
         for prompt in prompts:
             decoder.add(prompt, Sampling(max_new_tokens=1))
-        together = decoder.step()
+        results = decoder.step()
     finally:
         hook.remove()
     assert sizes == [(2, 15), (2, 20), (1, 45)]
-    assert together == [
+    assert results == [
         (key, generate(model, [prompt], max_new_tokens=1)[0][0], "length") for key, prompt in enumerate(prompts)
     ]
 
@@ -155,11 +155,11 @@ def test_prompts_are_padded_on_the_right():
         ([], {}, "the prompt has 0 tokens; between 1 and 9 fit"),
         ([1] * 10, {}, "the prompt has 10 tokens; between 1 and 9 fit"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ([1], {"stop": ["x"]}, "stop strings need a tokenizer, which knows where tokens end"),
+        ([1], {"stop": ["x"]}, "stop strings need a tokenizer, to decode the tokens"),
         ([1], {"eos_id": 60}, "eos_id 60 is not in the model's vocabulary of 60"),
     ],
 )
-def test_bad_requests_are_refused_and_leave_no_row(model, prompt, settings, message):
+def test_invalid_requests_are_refused_and_add_no_row(model, prompt, settings, message):
     decoder = Decoder(model, max_rows=2, max_length=10)
     with pytest.raises(ValueError) as caught:
         decoder.add(prompt, Sampling(**{"max_new_tokens": 3, **settings}))

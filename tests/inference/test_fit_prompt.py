@@ -1,4 +1,4 @@
-"""What a model is asked in a conversation: what it was trained on, and no more of it than fits."""
+"""The prompts of a conversation: equal to the training text, and truncated to fit into the context."""
 
 import random
 
@@ -19,9 +19,9 @@ def encode(tokenizer, template, messages):
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "none"])
 @pytest.mark.parametrize("system", [None, "Answer in one word."])
-def test_what_is_asked_is_what_was_trained_on(asked, tokenizer, name, system):
-    """The same conversation, encoded for training, begins with each of the prompts that chat asked."""
-    model, prompts = asked(tokenizer, context=512)
+def test_prompts_equal_the_training_text(prompt_recorder, tokenizer, name, system):
+    """The conversation encoded for training begins with each of the prompts that the chat sent."""
+    model, prompts = prompt_recorder(tokenizer, context=512)
     chat = Chat(model, tokenizer, get_template(name), system, max_new_tokens=8)
     for content, context in (("Add.", "2 and 3"), ("Why?", None), (" And the capital?\n", "Sweden\nNorway")):
         list(chat.ask(content, context))
@@ -31,10 +31,10 @@ def test_what_is_asked_is_what_was_trained_on(asked, tokenizer, name, system):
 
 
 @pytest.mark.parametrize("system", [None, "Answer in one word."])
-def test_two_hundred_turns(asked, tokenizer, system):
-    """The oldest turns leave whole, the system text stays, and the answer always has its room."""
-    model, prompts = asked(tokenizer)
-    room, first = 128 - 16, 1 if system else 0
+def test_two_hundred_turns(prompt_recorder, tokenizer, system):
+    """The oldest turns are dropped whole, the system text is kept, and the answer always has its space."""
+    model, prompts = prompt_recorder(tokenizer)
+    max_prompt_tokens, first = 128 - 16, 1 if system else 0
     chat = Chat(model, tokenizer, ALPACA, system, max_new_tokens=16)
     rng = random.Random(0)
     for _ in range(200):
@@ -47,20 +47,20 @@ def test_two_hundred_turns(asked, tokenizer, system):
 
         dropped = chat.answers[-1].turns_dropped
         assert (prompts[-1], chat.answers[-1].tokens_cut) == (without(dropped), 0)
-        assert len(prompts[-1]) <= room
-        assert dropped == 0 or len(without(dropped - 1)) > room
+        assert len(prompts[-1]) <= max_prompt_tokens
+        assert dropped == 0 or len(without(dropped - 1)) > max_prompt_tokens
         assert tokenizer.decode(prompts[-1]).startswith(system or ALPACA.preamble)
     assert len(prompts) == 200
     assert dropped > 150
-    assert len(chat.messages) == first + 400  # nothing is forgotten but what the model is asked
+    assert len(chat.messages) == first + 400  # dropped turns stay in the conversation
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("system", [None, "Answer in one word."])
 @pytest.mark.parametrize("text", ["seven " * 300 + "eight", "日本語😀" * 100, "x" * 5000], ids=["words", "CJK", "x"])
-def test_a_message_longer_than_the_context_loses_its_beginning(asked, tokenizer, name, system, text):
-    """And only that: the system text, the template's words and the message's end are asked as ever."""
-    model, prompts = asked(tokenizer)
+def test_a_message_longer_than_the_context_is_truncated_from_the_left(prompt_recorder, tokenizer, name, system, text):
+    """The system text, the template and the end of the message are unchanged."""
+    model, prompts = prompt_recorder(tokenizer)
     chat = Chat(model, tokenizer, get_template(name), system, max_new_tokens=28)
     list(chat.ask("Hello."))
     earlier, message = chat.messages, {"role": "user", "content": text}
@@ -72,22 +72,22 @@ def test_a_message_longer_than_the_context_loses_its_beginning(asked, tokenizer,
     else:
         head = earlier[: system is not None]
         assert chat.answers[-1].turns_dropped == 1
-    asked_text, cut = tokenizer.decode(prompts[-1]), chat.answers[-1].tokens_cut
-    [kept] = [n for n in range(len(text)) if asked_text == written(get_template(name), head, message, n)]
-    assert kept > 0
-    assert "\ufffd" not in asked_text
+    prompt_text, cut = tokenizer.decode(prompts[-1]), chat.answers[-1].tokens_cut
+    [n_kept] = [n for n in range(len(text)) if prompt_text == rendered(get_template(name), head, message, n)]
+    assert n_kept > 0
+    assert "\ufffd" not in prompt_text
     assert (
         tokenizer.decode(tokenizer.encode(message["content"])[cut:]).replace("\ufffd", "")
-        == (message["content"][-kept:])
+        == (message["content"][-n_kept:])
     )
 
 
-def written(template, head, message, kept):
-    shorter = {**message, "content": message["content"][-kept:]}
+def rendered(template, head, message, n_kept):
+    shorter = {**message, "content": message["content"][-n_kept:]}
     return "".join(segment.text for segment in template.render([*head, shorter], add_generation_prompt=True))
 
 
-def test_of_a_message_with_an_input_the_input_goes_first(tokenizer):
+def test_the_input_is_truncated_before_the_content(tokenizer):
     message = {"role": "user", "content": "Sum up the text.", "input": "seven " * 300 + "eight"}
     ids, _, cut = fit_prompt([message], ALPACA, tokenizer, 100)
     text = tokenizer.decode(ids)
@@ -101,9 +101,9 @@ def test_of_a_message_with_an_input_the_input_goes_first(tokenizer):
     assert more > cut + 200
 
 
-def test_a_system_text_that_leaves_no_room_is_refused(asked, tokenizer):
-    model, _ = asked(tokenizer)
-    system, error = "seven " * 100, "tokens of system text and template leave no room for a message: 100 fit beside"
+def test_a_system_text_that_fills_the_context_is_refused(prompt_recorder, tokenizer):
+    model, _ = prompt_recorder(tokenizer)
+    system, error = "seven " * 100, "tokens of system text and template leave none for a message: 100 fit beside"
     with pytest.raises(ValueError, match=error):
         Chat(model, tokenizer, ALPACA, system, max_new_tokens=28)
     chat = Chat(model, tokenizer, ALPACA, "Be brief.", max_new_tokens=28)
@@ -116,39 +116,39 @@ def test_a_system_text_that_leaves_no_room_is_refused(asked, tokenizer):
     assert chat.messages == before
 
 
-def test_a_context_too_small_is_refused_and_nothing_remembered(tokenizer):
-    with pytest.raises(ValueError, match="room for 0 tokens of prompt: --max_new_tokens leaves nothing"):
+def test_max_new_tokens_that_fills_the_context_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="0 tokens are left for the prompt: lower --max_new_tokens"):
         fit_prompt([QUESTION], ALPACA, tokenizer, 0)
 
 
-def test_an_answer_gets_half_of_the_context_at_most(asked, tokenizer):
-    model, prompts = asked(tokenizer)
+def test_an_answer_gets_at_most_half_of_the_context(prompt_recorder, tokenizer):
+    model, prompts = prompt_recorder(tokenizer)
     chat = Chat(model, tokenizer, ALPACA, max_new_tokens=1000)
     list(chat.ask("seven " * 300))
     assert chat.room == 64
     assert 55 <= len(prompts[-1]) <= 64
 
 
-def test_a_thousand_strings_of_emoji_and_cjk(asked, tokenizer):
-    """A random model says broken bytes as well: no half of a character is shown, kept or asked."""
-    model, prompts = asked(tokenizer)
+def test_a_thousand_strings_of_emoji_and_cjk(prompt_recorder, tokenizer):
+    """A random model also generates invalid UTF-8: no incomplete character is shown, stored or sent."""
+    model, prompts = prompt_recorder(tokenizer)
     chat = Chat(model, tokenizer, HUGCHAT, "日本語で答えて。😀", max_new_tokens=12, temperature=1.0, seed=1)
     characters = [*"日本語中文한국어漢字", "😀", "👩‍👩‍👧", "🇫🇷", "e\u0301", "👍🏽", "𠀀", "a", " "]
     rng = random.Random(0)
-    broken = 0
+    truncated = 0
     for turn in range(1000):
         text = "".join(rng.choices(characters, k=rng.choice((3, 20, 200))))
         chat.sampling["seed"] = turn
         assert "\ufffd" not in "".join(chat.ask(text))
         assert chat.messages[-2]["content"] == text
-        asked_text = tokenizer.decode(prompts[-1])
-        assert asked_text.startswith("日本語で答えて。😀\n\nHuman: ")
-        assert "\ufffd" not in asked_text
-        broken += chat.answers[-1].tokens_cut > 0
-    assert broken > 100
+        prompt_text = tokenizer.decode(prompts[-1])
+        assert prompt_text.startswith("日本語で答えて。😀\n\nHuman: ")
+        assert "\ufffd" not in prompt_text
+        truncated += chat.answers[-1].tokens_cut > 0
+    assert truncated > 100
 
 
-def test_only_a_question_can_be_fitted(tokenizer):
+def test_the_last_message_must_be_a_question(tokenizer):
     answer = {"role": "assistant", "content": "Paris."}
     for messages in ([QUESTION, answer], [{"role": "system", "content": "Hi"}], [QUESTION, QUESTION], []):
         with pytest.raises(ValueError, match="the role|must be a user's"):

@@ -1,4 +1,4 @@
-"""Where text ends a row, and what a tokenizer does not know."""
+"""Stop strings, and ids outside the tokenizer's vocabulary."""
 
 import pytest
 import torch
@@ -7,17 +7,17 @@ from minigpt.inference.generate import generate
 from minigpt.model.gpt2 import GPT
 
 
-def test_a_stop_string_ends_a_row_wherever_tokens_end(speaker, tokenizer):
-    def until(stop):
+def test_a_stop_string_ends_a_row_at_any_token_boundary(speaker, tokenizer):
+    def ids_until(stop):
         return next(ids[:n] for n in range(len(ids) + 1) if stop in tokenizer.decode(ids[:n]))
 
     ids = tokenizer.encode("Paris.\n\n### Instruction:\nAnother 日本語")
-    assert not any("### Instruction:" in tokenizer.decode([i]) for i in ids)  # it lies across several tokens
-    assert len(until("日")) > len(until("Another ")) + 1  # and so does a character
+    assert not any("### Instruction:" in tokenizer.decode([i]) for i in ids)  # the stop string spans several tokens
+    assert len(ids_until("日")) > len(ids_until("Another ")) + 1  # and so does the character
     model = speaker(ids, prompt_length=1)
     settings = {"max_new_tokens": 40, "eos_id": tokenizer.eot_id, "tokenizer": tokenizer}
     for stop in (["### Instruction:"], ["never", "Paris"], ["日"], ["Another 日本"]):
-        assert generate(model, [[1]], stop=stop, **settings) == [until(stop[-1])]
+        assert generate(model, [[1]], stop=stop, **settings) == [ids_until(stop[-1])]
     assert generate(model, [[1]], stop=["never"], **settings) == [[*ids, tokenizer.eot_id]]
 
 
@@ -25,27 +25,27 @@ def test_a_stop_string_ends_a_beam(speaker, tokenizer):
     ids = tokenizer.encode("Paris is it.\n\n### Instruction: more")
     model = speaker(ids, prompt_length=1)
     settings = {"max_new_tokens": 30, "num_beams": 2, "tokenizer": tokenizer, "eos_id": tokenizer.eot_id}
-    [found] = generate(model, [[1]], stop=["### Instr"], **settings)
-    assert found == ids[: len(found)]
-    assert "### Instr" in tokenizer.decode(found)
-    assert "### Instr" not in tokenizer.decode(found[:-1])
+    [generated] = generate(model, [[1]], stop=["### Instr"], **settings)
+    assert generated == ids[: len(generated)]
+    assert "### Instr" in tokenizer.decode(generated)
+    assert "### Instr" not in tokenizer.decode(generated[:-1])
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_a_stop_string_before_min_new_tokens_ends_nothing_later_either(speaker, tokenizer, num_beams):
-    """What was kept of the text held the whole of an early one, so the row ended as soon as it was allowed to."""
+def test_a_stop_string_before_min_new_tokens_does_not_end_the_row_later(speaker, tokenizer, num_beams):
+    """Regression: an early stop string stayed in the buffer, so the row ended once min_new_tokens was reached."""
     ids = tokenizer.encode("No. Yes indeed. No. More")
     allowed = len(tokenizer.encode("No. Yes"))
     settings = {"max_new_tokens": 40, "eos_id": tokenizer.eot_id, "tokenizer": tokenizer, "num_beams": num_beams}
     for stop in (["No."], ["No.", "never, whatever it says"]):
-        [found] = generate(speaker(ids, prompt_length=1), [[1]], stop=stop, min_new_tokens=allowed, **settings)
-        assert tokenizer.decode(found) == "No. Yes indeed. No."
+        [generated] = generate(speaker(ids, prompt_length=1), [[1]], stop=stop, min_new_tokens=allowed, **settings)
+        assert tokenizer.decode(generated) == "No. Yes indeed. No."
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_ids_that_the_tokenizer_does_not_know_never_come(speaker, tokenizer, num_beams):
-    """Embeddings are padded to round sizes, and the rows beyond may be anything: decoding such an id failed, and with
-    it a server for everybody."""
+def test_ids_outside_the_vocabulary_are_never_generated(speaker, tokenizer, num_beams):
+    """Embeddings may be padded to a round size, with arbitrary values in the padding. Regression: decoding such an id
+    raised an error, which ended the server."""
     ids = tokenizer.encode("Paris it is.")
     model = speaker(ids, prompt_length=1)
     config = model.config
@@ -53,8 +53,8 @@ def test_ids_that_the_tokenizer_does_not_know_never_come(speaker, tokenizer, num
     with torch.no_grad():
         for name, weight in model.state_dict().items():
             padded.get_parameter(name)[: len(weight)] = weight
-        padded.wte.weight[config.vocab_size :] = 10 * model.wte.weight[ids[0]]  # likelier than the true first token
+        padded.wte.weight[config.vocab_size :] = 10 * model.wte.weight[ids[0]]  # likelier than the correct first token
     settings = {"max_new_tokens": 40, "eos_id": tokenizer.eot_id, "num_beams": num_beams}
     assert generate(padded, [[1]], **settings)[0][0] >= config.vocab_size
-    [found] = generate(padded, [[1]], stop=["never"], tokenizer=tokenizer, **settings)
-    assert found == [*ids, tokenizer.eot_id]
+    [generated] = generate(padded, [[1]], stop=["never"], tokenizer=tokenizer, **settings)
+    assert generated == [*ids, tokenizer.eot_id]

@@ -1,6 +1,6 @@
-"""The server, asked over HTTP by OpenAI's own client and others: each gets what it would get alone."""
+"""The server over HTTP, with OpenAI's client and httpx: answers do not depend on other requests."""
 
-# ruff: noqa: E402  # the extras may be absent
+# ruff: noqa: E402  # the extras may not be installed
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +17,7 @@ from minigpt.data.prompts import get_template
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.inference.generate import generate
 
-from .served import CHAT, NAME, ask, events, post, serving
+from .running_server import CHAT, NAME, ask, events, post, serving
 
 CONTEXT = 256
 
@@ -29,7 +29,7 @@ def client(server):
 
 
 def alone(model, messages, max_tokens, stop=()):
-    """What the model answers when nobody else asks, by `generate`, and why it ended."""
+    """The expected answer by `generate`: text, finish reason, prompt tokens and new tokens."""
     tokenizer, template = Tokenizer.tiny(), get_template("alpaca")
     prompt = list(encode_segments(template.render(messages, add_generation_prompt=True), tokenizer).ids)
     stops = [*template.stop_strings(), *stop]
@@ -37,7 +37,7 @@ def alone(model, messages, max_tokens, stop=()):
         model, [prompt], max_new_tokens=max_tokens, eos_id=tokenizer.eot_id, stop=stops, tokenizer=tokenizer
     )
     text = tokenizer.decode([id for id in ids if id != tokenizer.eot_id])
-    ends = [text.index(one) for one in stops if one in text]
+    ends = [text.index(stop) for stop in stops if stop in text]
     stopped = bool(ends) or ids[-1] == tokenizer.eot_id
     text = text[: min(ends, default=len(text))].replace("\ufffd", "").strip()
     return text, "stop" if stopped else "length", len(prompt), len(ids)
@@ -46,15 +46,15 @@ def alone(model, messages, max_tokens, stop=()):
 # ---- OpenAI's client
 
 
-def test_32_clients_at_once_get_what_each_gets_alone(served_model, client):
-    def one(number):
+def test_32_concurrent_clients_get_independent_answers(served_model, client):
+    def request(number):
         messages = [{"role": "user", "content": f"Tell me of {number} " + "cats and dogs " * (number % 7)}]
-        asked = {"model": NAME, "messages": messages, "max_completion_tokens": 5 + number}
+        body = {"model": NAME, "messages": messages, "max_completion_tokens": 5 + number}
         if number % 2:
-            whole = client.chat.completions.create(**asked)
+            whole = client.chat.completions.create(**body)
             text, reason, usage = whole.choices[0].message.content, whole.choices[0].finish_reason, whole.usage
         else:
-            chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+            chunks = list(client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
             assert chunks[0].choices[0].delta.role == "assistant"
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
             reason, usage = chunks[-2].choices[0].finish_reason, chunks[-1].usage
@@ -65,26 +65,26 @@ def test_32_clients_at_once_get_what_each_gets_alone(served_model, client):
         return reason
 
     with ThreadPoolExecutor(32) as pool:
-        assert "length" in set(pool.map(one, range(32)))
+        assert "length" in set(pool.map(request, range(32)))
 
 
-def test_completions_of_texts_and_of_ids(served_model, client):
+def test_completions_of_texts_and_ids(served_model, client):
     tokenizer = Tokenizer.tiny()
     ids = tokenizer.encode("The capital of France")
-    found = client.completions.create(model=NAME, prompt=["The capital of France", ""], max_tokens=8)
+    completion = client.completions.create(model=NAME, prompt=["The capital of France", ""], max_tokens=8)
     expected = generate(served_model, [ids, [tokenizer.eot_id]], max_new_tokens=8, eos_id=tokenizer.eot_id)
-    assert [choice.text for choice in found.choices] == [tokenizer.decode(row) for row in expected]
-    assert [choice.index for choice in found.choices] == [0, 1]
-    assert found.usage.prompt_tokens == len(ids) + 1
+    assert [choice.text for choice in completion.choices] == [tokenizer.decode(row) for row in expected]
+    assert [choice.index for choice in completion.choices] == [0, 1]
+    assert completion.usage.prompt_tokens == len(ids) + 1
     for prompt in ("The capital of France", ids, [ids]):
         again = client.completions.create(model=NAME, prompt=prompt, max_tokens=8)
-        assert again.choices[0].text == found.choices[0].text
+        assert again.choices[0].text == completion.choices[0].text
     pieces = client.completions.create(model=NAME, prompt=ids, max_tokens=8, stream=True)
-    assert "".join(piece.choices[0].text for piece in pieces) == found.choices[0].text
+    assert "".join(piece.choices[0].text for piece in pieces) == completion.choices[0].text
     assert client.completions.create(model=NAME, prompt=ids).usage.completion_tokens == 16  # OpenAI's default
 
 
-def test_several_choices_and_their_seeds(client):
+def test_choices_have_different_seeds(client):
     settings = {"model": NAME, "temperature": 1.0, "n": 3, "max_tokens": 12}
     first = client.chat.completions.create(**settings, seed=7, messages=ask()["messages"])
     texts = [choice.message.content for choice in first.choices]
@@ -97,21 +97,21 @@ def test_several_choices_and_their_seeds(client):
     assert not {choice.message.content for choice in other.choices} & set(texts)
 
 
-def test_an_answer_sent_back_is_understood(client):
+def test_an_answer_can_be_sent_back(client):
     messages = ask()["messages"]
     answer = client.chat.completions.create(model=NAME, messages=messages).choices[0].message
     again = [*messages, answer, {"role": "user", "content": [{"type": "text", "text": "And now?"}]}]
     assert client.chat.completions.create(model=NAME, messages=again).choices[0].message.role == "assistant"
 
 
-def test_models_and_errors_as_the_client_knows_them(client):
+def test_models_and_error_types_of_the_client(client):
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4")
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4' here, but 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="unknown model 'gpt-4'; this server has 'tiny'"):
         client.chat.completions.create(model="gpt-4", messages=ask()["messages"])
-    with pytest.raises(openai.BadRequestError, match="tools: not supported here") as caught:
+    with pytest.raises(openai.BadRequestError, match="tools: not supported") as caught:
         client.chat.completions.create(model=NAME, messages=ask()["messages"], tools=[{"type": "function"}])
     assert (caught.value.param, caught.value.code) == ("tools", "unsupported_parameter")
 
@@ -119,30 +119,30 @@ def test_models_and_errors_as_the_client_knows_them(client):
 # ---- settings of a request
 
 
-def test_a_requests_stop_strings(served_model, server):
+def test_stop_strings_of_a_request(served_model, server):
     messages = ask("Tell me")["messages"]
     text = alone(served_model, messages, 20)[0]
     stop = text[8:11]
-    found = post(server, ask("Tell me", max_tokens=20, stop=stop)).json()["choices"][0]
-    assert found["message"]["content"] == text[: text.index(stop)].strip()
-    assert found["finish_reason"] == "stop"
+    choice = post(server, ask("Tell me", max_tokens=20, stop=stop)).json()["choices"][0]
+    assert choice["message"]["content"] == text[: text.index(stop)].strip()
+    assert choice["finish_reason"] == "stop"
     with httpx.stream("POST", server.url + CHAT, json=ask("Tell me", stop=[stop, "xyz"], stream=True)) as response:
         streamed = events(response.iter_lines())
     pieces = [event["choices"][0]["delta"].get("content", "") for event in streamed]
-    assert "".join(pieces) == found["message"]["content"]
+    assert "".join(pieces) == choice["message"]["content"]
 
 
-def test_neutral_values_of_what_is_not_here_pass(server):
+def test_neutral_values_of_unsupported_features_are_accepted(server):
     neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "logprobs": False, "tools": []}
     neutral |= {"response_format": {"type": "text"}, "tool_choice": "none", "store": False, "user": "me", "stop": None}
     assert post(server, ask(**neutral)).status_code == 200
     assert post(server, {"prompt": "Hi", "echo": False, "best_of": 1}, "/v1/completions").status_code == 200
 
 
-# ---- a long conversation
+# ---- long conversations
 
 
-def test_truncation_as_asked(server):
+def test_truncation(server):
     turns = [
         message
         for number in range(12)
@@ -163,9 +163,9 @@ def test_truncation_as_asked(server):
     assert cut["usage"] == {"prompt_tokens": CONTEXT - 9, "completion_tokens": 9, "total_tokens": CONTEXT}
 
 
-def test_a_model_of_plain_text_goes_on(served_model):
+def test_a_plain_text_model_continues_the_text(served_model):
     tokenizer = Tokenizer.tiny()
     with serving(served_model, template="none") as server:
-        found = post(server, ask("The capital of", max_tokens=6)).json()["choices"][0]["message"]["content"]
+        text = post(server, ask("The capital of", max_tokens=6)).json()["choices"][0]["message"]["content"]
     [ids] = generate(served_model, [tokenizer.encode("The capital of")], max_new_tokens=6, eos_id=tokenizer.eot_id)
-    assert found == tokenizer.decode([id for id in ids if id != tokenizer.eot_id])
+    assert text == tokenizer.decode([id for id in ids if id != tokenizer.eot_id])

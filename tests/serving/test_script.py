@@ -1,6 +1,6 @@
-"""chat.py --serve: a server in a process of its own."""
+"""chat.py --serve in a subprocess."""
 
-# ruff: noqa: E402  # the extras may be absent
+# ruff: noqa: E402  # the extras may not be installed
 
 import os
 import re
@@ -21,14 +21,14 @@ openai = pytest.importorskip("openai", reason="the extra test is not installed")
 from minigpt.data.prompts import get_template
 from minigpt.data.tokenizer import Tokenizer
 
-from .served import ask, make_model, serving
+from .running_server import ask, make_model, serving
 
 ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
 def script(folder, *arguments, name="model", **environment):
-    """chat.py --serve on a model of files: the process and its address."""
+    """Runs chat.py --serve on a saved model: yields the process and its URL."""
     model, tokenizer = make_model(), Tokenizer.tiny()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model", 256)
@@ -37,28 +37,28 @@ def script(folder, *arguments, name="model", **environment):
     env = {key: value for key, value in os.environ.items() if not key.startswith("MINIGPT_")}
     process = subprocess.Popen(command, cwd=folder, env=env | environment, stderr=subprocess.PIPE, text=True)
     try:
-        said = process.stderr.readline() + process.stderr.readline()
-        url = re.search(r"http://127\.0\.0\.1:\d+", said)
-        assert url, said
+        output = process.stderr.readline() + process.stderr.readline()
+        url = re.search(r"http://127\.0\.0\.1:\d+", output)
+        assert url, output
         yield process, url[0]
     finally:
         process.kill()
         process.communicate()
 
 
-def test_the_script_serves_and_ends_in_order(tmp_path):
-    with script(tmp_path, "--max_new_tokens", "9", MINIGPT_API_KEY="of the environment") as (process, url):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="of the environment", max_retries=0)
+def test_sigterm_shuts_down_gracefully(tmp_path):
+    with script(tmp_path, "--max_new_tokens", "9", MINIGPT_API_KEY="from the environment") as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="from the environment", max_retries=0)
         chunks = client.chat.completions.create(model="model", messages=ask()["messages"], stream=True)
         next(chunks)
         process.send_signal(signal.SIGTERM)
         assert list(chunks)[-1].choices[0].finish_reason == "length"
         assert process.wait(timeout=30) == -signal.SIGTERM
-        assert process.stderr.read().endswith("ended\n")
+        assert process.stderr.read().endswith("shut down\n")
 
 
-def test_clients_are_not_told_where_the_model_lies(tmp_path):
-    """Of a path that ends in a slash they were told an empty name."""
+def test_the_model_name_does_not_reveal_the_path(tmp_path):
+    """Regression: the name of a path that ends in a slash was empty."""
     with script(tmp_path, name=f"{tmp_path}/model/") as (_, url):
         assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["model"]
 
@@ -72,14 +72,14 @@ def test_clients_are_not_told_where_the_model_lies(tmp_path):
         (["--api_key", "schlüssel"], "--api_key must be of printable ASCII characters, because it travels in a header"),
     ],
 )
-def test_what_the_script_refuses(arguments, message):
+def test_invalid_flags(arguments, message):
     command = [sys.executable, ROOT / "chat.py", "--serve", "--model_name_or_path", "nowhere", *arguments]
     env = {key: value for key, value in os.environ.items() if key != "MINIGPT_API_KEY"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
 
 
-def test_the_script_names_the_extra_that_is_absent():
+def test_a_missing_extra_is_named():
     code = (
         "import runpy, sys; sys.modules['uvicorn'] = None;"
         "sys.argv = ['chat.py', '--serve', '--model_name_or_path', 'x'];"

@@ -1,11 +1,11 @@
-// The page's one script: a conversation with /v1/chat/completions. What a model says is only ever set as text.
+// The script of the chat page: a conversation with /v1/chat/completions. Model output is only ever set as textContent.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const turns = []; // { question, answer, element }; the newest last
-let running = null; // the AbortController of the answer under way
+let running = null; // the AbortController of the running answer
 
-// ---- settings, kept by the browser; the key only as long as the tab is open
+// ---- settings: in localStorage; the API key in sessionStorage, until the tab is closed
 
 const SETTINGS = ["temperature", "top_p", "max_tokens", "system"];
 const THEMES = ["auto", "light", "dark"];
@@ -34,9 +34,9 @@ $("settings-button").addEventListener("click", () => showSettings($("settings").
 
 // ---- the server
 
-class Refused extends Error {}
+class RefusedError extends Error {}
 
-async function ask(path, body, signal) {
+async function send(path, body, signal) {
   for (;;) {
     const key = sessionStorage.getItem("key");
     const json = body && { "Content-Type": "application/json" };
@@ -55,14 +55,14 @@ async function ask(path, body, signal) {
       } catch {
         message = response.statusText;
       }
-      throw new Refused(`The server refused (${response.status}): ${message}`);
+      throw new RefusedError(`The server refused (${response.status}): ${message}`);
     }
     await askForKey(key !== null);
   }
 }
 
 function askForKey(wrong) {
-  $("key-wrong").textContent = wrong ? "That key is not right." : "";
+  $("key-wrong").textContent = wrong ? "Wrong key." : "";
   $("key").value = "";
   if (!$("key-dialog").open) $("key-dialog").showModal();
   $("key").focus();
@@ -74,7 +74,7 @@ function askForKey(wrong) {
       resolve();
     };
     $("key-dialog").onclose = () => {
-      if ($("key-dialog").returnValue !== "given") reject(new Refused("Without its key the server does not answer."));
+      if ($("key-dialog").returnValue !== "given") reject(new RefusedError("The server needs an API key."));
       $("key-dialog").returnValue = "";
     };
   });
@@ -92,10 +92,10 @@ async function* events(response) {
       const data = part.replace(/^data: /, "");
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
-      if (event.error) throw new Refused(`The server ended the answer: ${event.error.message}`);
+      if (event.error) throw new RefusedError(`The server ended the answer: ${event.error.message}`);
       yield event;
     }
-    if (done) throw new TypeError("the stream broke off");
+    if (done) throw new TypeError("the stream ended early");
   }
 }
 
@@ -103,27 +103,27 @@ let waiting = false;
 async function waitForServer() {
   if (waiting) return;
   waiting = true;
-  say("The server cannot be reached. Waiting for it to come back; your conversation is kept.");
+  setStatus("The server cannot be reached. Waiting for it to come back; your conversation is kept.");
   for (;;) {
     await new Promise((resolve) => setTimeout(resolve, 1500));
     try {
       if ((await fetch("health")).ok) break;
     } catch {
-      // still away
+      // still unreachable
     }
   }
   waiting = false;
-  say(turns.length ? "The server is back. Retry asks it again." : "The server is back.");
+  setStatus(turns.length ? "The server is back. Press Retry to ask again." : "The server is back.");
 }
 
 // ---- the conversation
 
-function messages(before) {
+function messages(count) {
   const system = $("system").value.trim();
-  const said = turns.slice(0, before).filter((turn) => turn.answer);
+  const answered = turns.slice(0, count).filter((turn) => turn.answer);
   return [
     ...(system ? [{ role: "system", content: system }] : []),
-    ...said.flatMap((turn) => [
+    ...answered.flatMap((turn) => [
       { role: "user", content: turn.question },
       { role: "assistant", content: turn.answer },
     ]),
@@ -139,7 +139,9 @@ function request(turn) {
   };
   for (const name of ["temperature", "top_p", "max_tokens"]) {
     const field = $(name);
-    if (!field.checkValidity()) throw new Refused(`${field.labels[0].innerText.trim()}: ${field.validationMessage}`);
+    if (!field.checkValidity()) {
+      throw new RefusedError(`${field.labels[0].innerText.trim()}: ${field.validationMessage}`);
+    }
     if (field.value !== "") body[name] = Number(field.value);
   }
   return body;
@@ -147,41 +149,41 @@ function request(turn) {
 
 async function answer(turn) {
   const controller = new AbortController();
-  const began = performance.now();
+  const start = performance.now();
   running = controller;
-  const [said, notes] = [turn.element.querySelector(".answer"), turn.element.querySelector(".notes")];
+  const [output, notes] = [turn.element.querySelector(".answer"), turn.element.querySelector(".notes")];
   const note = (text, bad = false) => notes.append(element("p", bad ? "note bad" : "note", text));
-  const before = turn.answer;
+  const previous = turn.answer;
   let text = "";
   notes.replaceChildren();
-  said.textContent = "";
+  output.textContent = "";
   busy(turn, true);
-  say("Answering");
+  setStatus("Answering");
   try {
-    const response = await ask("v1/chat/completions", request(turn), controller.signal);
+    const response = await send("v1/chat/completions", request(turn), controller.signal);
     for await (const event of events(response)) {
       const choice = event.choices[0];
       if (choice?.delta.role) noteTruncated(event.truncated, note);
       text += choice?.delta.content ?? "";
-      const follow = atEnd(); // whoever scrolled up to read stays there
-      said.textContent = text;
+      const follow = atEnd(); // do not scroll if the reader has scrolled up
+      output.textContent = text;
       if (follow) scrollToEnd();
-      if (choice?.finish_reason === "length") note("The answer reached its longest length.");
-      if (event.usage) say(speed(event.usage.completion_tokens, performance.now() - began));
+      if (choice?.finish_reason === "length") note("The answer reached the token limit.");
+      if (event.usage) setStatus(speed(event.usage.completion_tokens, performance.now() - start));
     }
     turn.answer = text;
-    if (!text) note("An empty answer: the model ended it at once.");
+    if (!text) note("Empty answer: the model ended it at once.");
   } catch (error) {
-    turn.answer = text || before;
-    said.textContent = turn.answer;
+    turn.answer = text || previous;
+    output.textContent = turn.answer;
     if (error.name === "AbortError") {
-      note(text ? "Stopped." : "Stopped before it began.");
-      say("Stopped");
-    } else if (error instanceof Refused) {
+      note(text ? "Stopped." : "Stopped before the first token.");
+      setStatus("Stopped");
+    } else if (error instanceof RefusedError) {
       note(error.message, true);
-      say("");
+      setStatus("");
     } else {
-      note(text ? "The connection broke: the answer is not complete." : "The server could not be reached.", true);
+      note(text ? "The connection was lost: the answer is incomplete." : "The server could not be reached.", true);
       waitForServer();
     }
   } finally {
@@ -226,10 +228,10 @@ function addTurn(question) {
   copy.addEventListener("click", () => copyText(turn.answer));
   retry.addEventListener("click", () => running || answer(turn));
   actions.append(copy, retry);
-  const heading = (text) => element("h2", "heard", text);
+  const heading = (text) => element("h2", "visually-hidden", text);
   reply.setAttribute("aria-live", "polite");
-  reply.append(heading("Answer"), element("p", "said answer"), element("div", "notes"));
-  turn.element.append(heading("You"), element("p", "said question", question), reply, actions);
+  reply.append(heading("Answer"), element("p", "message answer"), element("div", "notes"));
+  turn.element.append(heading("You"), element("p", "message question", question), reply, actions);
   $("turns").append(turn.element);
   $("empty").hidden = true;
   turns.push(turn);
@@ -237,13 +239,13 @@ function addTurn(question) {
 }
 
 function element(tag, className, text = "") {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.textContent = text;
-  return made;
+  const node = document.createElement(tag);
+  node.className = className;
+  node.textContent = text;
+  return node;
 }
 
-function say(text) {
+function setStatus(text) {
   $("status").textContent = text;
 }
 
@@ -257,7 +259,7 @@ function scrollToEnd() {
 
 async function copyText(text) {
   try {
-    await navigator.clipboard.writeText(text); // only where the page came over https or from this machine
+    await navigator.clipboard.writeText(text); // exists only over https or on localhost
   } catch {
     const box = element("textarea", "", "");
     box.value = text;
@@ -267,10 +269,10 @@ async function copyText(text) {
     box.remove();
     $("question").focus();
   }
-  say("Copied");
+  setStatus("Copied");
 }
 
-// ---- what is pressed
+// ---- events
 
 $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -296,27 +298,29 @@ $("new").addEventListener("click", () => {
   turns.length = 0;
   $("turns").replaceChildren();
   $("empty").hidden = false;
-  say("");
+  setStatus("");
   $("question").focus();
 });
 $("export").addEventListener("click", () => {
-  const said = messages(turns.length);
-  if (!said.some((message) => message.role === "assistant")) return say("There is no conversation to export yet");
+  const conversation = messages(turns.length);
+  if (!conversation.some((message) => message.role === "assistant")) {
+    return setStatus("There is no conversation to export yet");
+  }
   const link = element("a", "");
-  const json = JSON.stringify({ messages: said }, null, 2) + "\n";
+  const json = JSON.stringify({ messages: conversation }, null, 2) + "\n";
   link.href = URL.createObjectURL(new Blob([json], { type: "application/json" }));
   link.download = "conversation.json";
   link.click();
   URL.revokeObjectURL(link.href);
-  say("Exported as conversation.json, which chat.py's /load and sft.py --data read");
+  setStatus("Exported as conversation.json, which chat.py's /load and sft.py --data read");
 });
 
 (async () => {
   try {
-    $("model").textContent = (await (await ask("v1/models")).json()).data[0].id;
+    $("model").textContent = (await (await send("v1/models")).json()).data[0].id;
     document.title = `${$("model").textContent} - minigpt`;
   } catch (error) {
-    if (error instanceof Refused) say(error.message);
+    if (error instanceof RefusedError) setStatus(error.message);
     else waitForServer();
   }
   $("question").focus();

@@ -1,4 +1,4 @@
-"""Eight questions, and the answers that a tiny model learns by heart."""
+"""Eight questions with answers, which a tiny model memorizes."""
 
 from minigpt.data.prompts import get_template
 from minigpt.data.read.records import Conversation

@@ -1,4 +1,4 @@
-"""A server in a thread of the test's process, on a port of its own; and how it is asked."""
+"""Runs a server in a thread of the test process, on a free port, and sends requests to it."""
 
 import json
 import threading
@@ -22,7 +22,7 @@ CHAT = "/v1/chat/completions"
 
 
 def make_model(context: int = 256, step_s: float = 0.0) -> GPT:
-    """Weights of std 0.2, so that answers are no loops and near-ties are rare; slower by `step_s` at every step."""
+    """Weights of std 0.2, so that answers do not loop and near-ties are rare. Each step sleeps for `step_s`."""
     torch.manual_seed(0)
     config = GPTConfig(Tokenizer.tiny().vocab_size, n_positions=context, n_embd=32, n_layer=2, n_head=4)
     model = GPT(config).eval()
@@ -36,7 +36,7 @@ def make_model(context: int = 256, step_s: float = 0.0) -> GPT:
 
 @contextmanager
 def serving(model: GPT, template: str = "alpaca", **settings) -> Iterator[Server]:
-    """A server while the block runs; then it is asked to end, and has ended."""
+    """Runs a server for the duration of the block, then shuts it down and waits for its end."""
     sampling = asdict(SamplingArguments(max_new_tokens=20))
     builder = RequestBuilder(model, Tokenizer.tiny(), get_template(template), sampling)
     server = Server(builder, NAME, ServeArguments(serve=True, **{"port": 0, "max_batch_size": 4, **settings}))
@@ -52,15 +52,15 @@ def serving(model: GPT, template: str = "alpaca", **settings) -> Iterator[Server
 
 
 def wait_for(condition, seconds: float = 20) -> None:
-    """Returns as soon as `condition()` holds."""
+    """Waits until `condition()` is true."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
 def ask(content: str = "Hi", **more: object) -> dict:
-    """A request's body."""
+    """The body of a chat request."""
     return {"messages": [{"role": "user", "content": content}], **more}
 
 
@@ -69,8 +69,8 @@ def post(server: Server, body: dict, path: str = CHAT, **more: object) -> httpx.
 
 
 def events(lines: Iterable[str]) -> list[dict]:
-    """The objects of server-sent events, up to [DONE]; a stream that was ended otherwise has an error as its last."""
+    """The objects of a stream of server-sent events, without the final [DONE]; an aborted stream ends with an error."""
     data = [line.removeprefix("data: ") for line in lines if line]
-    assert all(one == "[DONE]" or one.startswith("{") for one in data)
+    assert all(item == "[DONE]" or item.startswith("{") for item in data)
     assert data[-1] == "[DONE]" or "error" in json.loads(data[-1])
-    return [json.loads(one) for one in data if one != "[DONE]"]
+    return [json.loads(item) for item in data if item != "[DONE]"]
