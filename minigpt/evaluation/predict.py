@@ -81,9 +81,10 @@ def predict(
 
     if not conversations:
         return []
-    room = model.config.context - max_new_tokens
+    max_prompt_tokens = model.config.context - max_new_tokens
     prompts = [
-        _prompt(number, conversation, template, tokenizer, room) for number, conversation in enumerate(conversations, 1)
+        _prompt(number, conversation, template, tokenizer, max_prompt_tokens)
+        for number, conversation in enumerate(conversations, 1)
     ]
     longest = max(map(len, prompts)) + max_new_tokens
     rows = min(batch_size, len(prompts))
@@ -229,13 +230,13 @@ def show_answers(
     """Prints greedy answers to a dataset's first prompts; at step 0 also the prompts and references."""
     if data is None:
         return
-    room = model.config.context - max_new_tokens
+    max_prompt_tokens = model.config.context - max_new_tokens
     for index in range(min(count, len(data))):
         ids, start = [int(i) for i in data[index].ids], int(data.prompt_lengths[index])
         if start == 0:
             continue  # plain text: it contains no question
         end = ids.index(tokenizer.eot_id, start) + 1 if tokenizer.eot_id in ids[start:] else len(ids)
-        prompt, reference = ids[max(0, start - room) : start], ids[start:end]
+        prompt, reference = ids[max(0, start - max_prompt_tokens) : start], ids[start:end]
         # No early stop on several ranks: under ZeRO-3 every rank must run the same number of forwards, because each
         # forward gathers weights from all ranks.
         eos_id = tokenizer.eot_id if world_size() == 1 else None

@@ -72,7 +72,7 @@ class Chat:
         self.messages = list(messages)
 
     @property
-    def room(self) -> int:
+    def max_answer_tokens(self) -> int:
         """The maximum number of tokens in an answer."""
         return min(self.sampling["max_new_tokens"], self.model.config.context // 2)
 
@@ -124,7 +124,7 @@ class Chat:
     def _fit(self, messages: Sequence[Message]) -> "FittedPrompt":
         if self.template.name == "none":
             messages = as_one_text(messages)
-        return fit_prompt(messages, self.template, self.tokenizer, self.model.config.context - self.room)
+        return fit_prompt(messages, self.template, self.tokenizer, self.model.config.context - self.max_answer_tokens)
 
     def _answer(self, question: Message, replace: bool) -> Iterator[str]:
         messages = [*(self.messages[:-2] if replace else self.messages), question]
@@ -134,7 +134,7 @@ class Chat:
         return self._stream(messages, prompt.ids, stats)
 
     def _stream(self, messages: list[Message], prompt: list[int], stats: AnswerStats) -> Iterator[str]:
-        settings = {**self.sampling, "max_new_tokens": self.room}
+        settings = {**self.sampling, "max_new_tokens": self.max_answer_tokens}
         if settings.get("seed") is not None:
             settings["seed"] += self._attempt
         stop, eot_id = self.template.stop_strings(), self.tokenizer.eot_id

@@ -1,8 +1,8 @@
-"""Matrix products with weights prepared for generation: each class is `F.linear` with a weight in a layout of its own,
-then the tanh GELU, or a sum with the residual stream.
+"""Matrix products with weights packed for generation: each class is `F.linear` with its own weight layout, optionally
+followed by the tanh GELU or the residual sum.
 
-One token at a time, a model does little but read its weights, so what counts is how few bytes they are and in which
-order they are read. Which class is the right one depends on the processor: `minigpt.inference.packed` chooses.
+Generating one token at a time is bound by memory bandwidth: the bytes of the weights and the order in which they are
+read determine the speed. `minigpt.inference.packed` chooses the class for the processor.
 """
 
 import warnings
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_ROWS = 8  # up to that many, `_weight_int8pack_mm` is faster than to unpack and take a plain product
-FEW_NARROW_ROWS = 4  # the same for products in half precision on a CPU that emulates them
-WHOLE_STEPS = 64  # `_weight_int8pack_mm` reads out of bounds unless K is a multiple of it
-PART = 3072  # rows of a weight that are unpacked at a time: the whole head would not fit into a processor's cache
+FEW_ROWS = 8  # up to so many, `_weight_int8pack_mm` is faster than unpacking and a plain product
+FEW_NARROW_ROWS = 4  # the same limit for half-precision products on a CPU that emulates them
+WHOLE_STEPS = 64  # `_weight_int8pack_mm` reads out of bounds unless K is a multiple of this
+PART = 3072  # rows of a weight unpacked at a time: the whole head would not fit into the processor's cache
 BLOCK = 96  # outputs of a block of `BlockTable`: few enough to be summed in registers
 OUTLIERS = 8  # channels of each row of activations that are multiplied in fp32
 TINY = torch.finfo(torch.float32).tiny
@@ -35,7 +35,7 @@ Kernel = Callable[[Tensor, Tensor | None], Linear]  # from a weight (N,K) and a 
 
 
 class PlainLinear:
-    """The weight as it is."""
+    """The weight in its plain layout."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight.detach(), bias
@@ -61,7 +61,7 @@ class PackedLinear:
 class WidenedLinear:
     """A bf16 or fp16 weight on a CPU that emulates products in it: more than a few rows are multiplied in fp32.
 
-    One row is fast even so, because the product then only waits for memory; 32 rows take 20 times as long as in fp32.
+    One row is still fast, because the product is bound by memory; 32 rows take 20 times as long as in fp32.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -77,7 +77,7 @@ class WidenedLinear:
 
 
 class Fp16Linear:
-    """An fp16 weight in fbgemm's layout, multiplied and summed in fp32: it is widened on its way to the registers."""
+    """An fp16 weight in fbgemm's layout, converted to fp32 in registers; products and sums are fp32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         with fbgemm():
@@ -88,7 +88,7 @@ class Fp16Linear:
 
 
 class Int8Linear:
-    """An 8-bit weight, unpacked on its way to a product in x's precision: row n of the (N,K) matrix is
+    """An 8-bit weight, dequantized on the fly for a product in x's precision: row n of the (N,K) matrix is
     `scale[n] * weight[n]`, rounded to the nearest."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -241,7 +241,7 @@ def round_rows(weight: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 @contextmanager
 def fbgemm() -> Iterator[None]:
-    """Weights are packed for fbgemm: torch's default packs for oneDNN on some CPUs, which lacks these products."""
+    """Packs weights for fbgemm; on some CPUs torch's default is oneDNN, which lacks these products."""
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
     try:

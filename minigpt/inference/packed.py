@@ -1,10 +1,10 @@
-"""A model's weights laid out for generation.
+"""Weights packed for fast generation.
 
-`for_generation` prepares each matrix once, for the kernel that suits the machine (`minigpt.inference.kernels`). oneDNN
-reads weights in blocks of its own; given the plain layout it walks through memory in strides, or reorders them at
-every call. With `quantize="fp16"` they take half of fp32's bytes, with `"int8"` a quarter.
+`for_generation` packs each matrix once, for the kernel that suits the machine (`minigpt.inference.kernels`). oneDNN
+uses a blocked layout; with the plain layout it reads memory in strides, or reorders the weights at every call. With
+`quantize="fp16"` weights take half of fp32's bytes, with `"int8"` a quarter.
 
-GPUs keep the plain path unless weights are quantized, and training never sees any of this.
+GPUs use the plain path unless weights are quantized. Training does not use this module.
 """
 
 import os

@@ -225,8 +225,8 @@ class Terminal:
             raise ValueError(str(error).removeprefix("--")) from None
         self.chat.sampling = asdict(self.sampling)
         for name, value in asdict(self.sampling).items():
-            limited = name == "max_new_tokens" and value > self.chat.room
-            limit = f" (here {self.chat.room}, half of the context)" if limited else ""
+            limited = name == "max_new_tokens" and value > self.chat.max_answer_tokens
+            limit = f" (here {self.chat.max_answer_tokens}, half of the context)" if limited else ""
             eprint(f"{name:18}  {'unset' if value is None else value}{limit}")
 
     def stats(self, _: str) -> None:
@@ -238,7 +238,9 @@ class Terminal:
         eprint(f"last answer  {_speed(last.new_tokens, last.seconds)}, first token after {last.first_token_s:.2f} s")
         eprint(f"answers      {len(answers):,}: {_speed(tokens, seconds)}")
         used = last.prompt_tokens + last.new_tokens
-        eprint(f"context      {used:,} of {context:,} tokens used, {self.chat.room:,} reserved for each answer")
+        eprint(
+            f"context      {used:,} of {context:,} tokens used, {self.chat.max_answer_tokens:,} reserved for each answer"
+        )
         eprint(f"left out     {last.turns_dropped:,} old turns, {last.tokens_cut:,} tokens of a message")
 
     def exit(self, _: str) -> None:

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that were read, so that each new token costs one position and not all of them."""
+"""The KV cache: keys and values of the previous tokens, so that generating a token computes one position only."""
 
 import copy
 import math
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class KVCache:
-    """Preallocated keys and values of every layer. A token lies in the slot of its position.
+    """Preallocated keys and values of every layer. A token is stored in the slot of its position.
 
-    So rows of different lengths live side by side: each row has its own positions, and attention looks at the
-    slots up to a query's position and no further. What a slot beyond it holds (the padding of a shorter prompt, an
-    earlier row's tokens) is overwritten before anybody reads it.
+    So a batch may have rows of different lengths: each row has its own positions, and attention reads the slots up to a
+    query's position. Stale data in later slots (padding of a shorter prompt, tokens of an earlier row) is overwritten
+    before it is read.
 
     Args:
         config: the model's; the cache depends on `n_layer` and `kv_shape`.
@@ -34,10 +34,10 @@ class KVCache:
     ):
         n_kv_head, head_size = config.kv_shape
         shape = (config.n_layer, 2, batch_size, n_kv_head, max_length, head_size)
-        self.buffer = _zeros(shape, device, dtype)  # zeros: a masked slot must not hold a NaN
+        self.buffer = _zeros(shape, device, dtype)  # zeros, because a NaN in a masked slot would spread
         self.max_length = max_length
-        self.length = 0  # slots in use: one more than the highest position of the last call
-        # Of the call under way, set by `extend`:
+        self.length = 0  # slots in use: the highest position of the last call + 1
+        # Of the current call, set by `extend`:
         self.positions = torch.empty(0, dtype=torch.long)
         self._layers: tuple[Tensor, ...] = ()  # n_layer x (2,B,nh,length,hs)
         self._keys: tuple[Tensor, ...] = ()  # n_layer x (B,nh,length,hs)
@@ -46,13 +46,13 @@ class KVCache:
 
     @classmethod
     def for_model(cls, model: Any, batch_size: int, max_length: int) -> "KVCache":
-        """A cache where the model's weights are. On a CPU it is fp32, whatever they are: one query against many keys
-        is slower there in bf16, by up to three times, though it reads half the bytes."""
+        """A cache on the model's device. On a CPU it is fp32 for weights of any dtype: attention of one query over many
+        keys is up to three times slower in bf16 there, although it reads half the bytes."""
         dtype = torch.float32 if model.device.type == "cpu" else model.dtype
         return cls(model.config, batch_size, max_length, device=model.device, dtype=dtype)
 
     def extend(self, positions: Tensor) -> None:
-        """Makes room for (B,T) or (T,) positions, in each row one after the other, once for all layers."""
+        """Prepares all layers for tokens at these consecutive positions: (B,T), or (T,) if the same in every row."""
         self.positions, self.length = positions, int(positions.max()) + 1
         if self.length > self.max_length:
             raise ValueError(f"position {self.length - 1} does not fit into a cache of {self.max_length}")
@@ -63,7 +63,7 @@ class KVCache:
 
     def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (2,B,nh,T,hs) keys and values; returns all of the layer's, 2 x (B,nh,length,hs)."""
-        kv = kv.detach() if kv.requires_grad else kv  # what was read is not learnt from
+        kv = kv.detach() if kv.requires_grad else kv  # no gradient flows through the cache
         if self.positions.dim() == 1:  # the same positions in every row
             self._new[layer].copy_(kv)
         else:
@@ -80,21 +80,21 @@ class KVCache:
         return slots <= self.positions.view(-1, 1, self.positions.shape[-1], 1)
 
     def rows(self, start: int, stop: int) -> "KVCache":
-        """A cache of these rows alone, in the same memory, for a call on them."""
+        """A view of these rows, for a call on them alone."""
         part = copy.copy(self)
-        part.buffer, part.length = self.buffer[:, :, start:stop], 0  # so, by default, positions count from 0
+        part.buffer, part.length = self.buffer[:, :, start:stop], 0  # so that default positions count from 0
         return part
 
     def copy_rows(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
-        """Copies the slots start to stop of some rows over those of others. All are read before any is written."""
+        """Copies slots start to stop from source rows to target rows; all are read before any is written."""
         self.buffer[:, :, targets, :, start:stop] = self.buffer[:, :, sources, :, start:stop]
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
-    """Zeros, of which a CPU holds only the pages that are written: numpy asks for clear pages, torch clears them."""
+    """Zeros. On a CPU by NumPy, whose zeros are mapped lazily: pages that are never written take no memory."""
     if torch.device(device or "cpu").type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
     dtype = dtype or torch.float32
     size = math.prod(shape) * dtype.itemsize
     raw = torch.from_numpy(np.zeros(size + 64, np.uint8))
-    return raw[-raw.data_ptr() % 64 :][:size].view(dtype).view(shape)  # from a cache line's beginning
+    return raw[-raw.data_ptr() % 64 :][:size].view(dtype).view(shape)  # aligned to a cache line

@@ -1,11 +1,11 @@
 """The output head and its cross-entropy in one step, without the full logits.
 
-For GPT-2 the logits of one batch (8 x 1024 tokens x 50257 words, 1.6 GB in fp32) are larger than everything else
-that a training step holds. They are needed one slice at a time only: a slice's loss and its gradient are computed
-together, in forward, and the slice is let go. Backward then has nothing left to do but to scale.
+GPT-2's logits for one batch (8 x 1024 tokens x 50257 words, 1.6 GB in fp32) are larger than all other tensors of a
+training step. They are computed in chunks: the loss of a chunk and its gradient together, in forward, after which the
+chunk is freed. Backward only scales the gradients.
 
-The idea is Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989); the head is skipped
-altogether where a target is ignored (the prompt, the padding), which in instruction tuning is most positions.
+The idea is Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989); the head is not
+computed at all for ignored targets (the prompt, the padding), which in instruction tuning is most positions.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-CHUNK_ELEMENTS = 2**25  # logits held at a time: 128 MB in fp32
-CHUNK_ROWS = 1024  # and no more tokens, whose gradients of one word fp16 may have to sum up: it ends at 65504
+CHUNK_ELEMENTS = 2**25  # logits of a chunk: 128 MB in fp32
+CHUNK_ROWS = 1024  # and at most so many tokens: fp16, whose maximum is 65504, sums their gradients of a word
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,11 +25,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tup
 
     Args:
         hidden: (B,T,C), the last layer's output.
-        weight: (V,C), the head, which GPT-2 ties to the token embedding.
+        weight: (V,C), the head; GPT-2 ties it to the token embedding.
         targets: (B,T), ids of int64; -100 is ignored.
 
     Returns:
-        (nll_sum, n_tokens): the sum as a scalar in fp32, and how many targets counted.
+        (nll_sum, n_tokens): the sum as an fp32 scalar, and the number of targets that are not ignored.
     """
     keep = targets != IGNORE_INDEX  # (B,T)
     hidden, targets = hidden[keep], targets[keep]  # (B,T,C) -> (N,C), (B,T) -> (N,)
@@ -82,5 +82,5 @@ def _loss_and_gradients(
             else:  # summed in fp32: in half precision the error would grow with every chunk
                 d_weight += d_logits.t() @ chunk
             del d_logits
-        del logits  # or the next chunk's stood beside them: 134 MB of GPT-2's
+        del logits  # else they coexist with the next chunk's: 134 MB for GPT-2
     return nll_sum, d_hidden, d_weight

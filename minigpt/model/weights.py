@@ -1,6 +1,6 @@
-"""A checkpoint's files in Hugging Face's layout: read, checked and written.
+"""Reads, checks and writes checkpoints in Hugging Face's layout.
 
-Weights are safetensors, in one file or in shards named by an index. A pickle is never opened.
+Weights are safetensors, in one file or in shards listed by an index. Pickles are never opened.
 """
 
 import json
@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class SkipInit(TorchFunctionMode):
-    """Modules made under it keep their parameters as they are: the checkpoint is about to replace them."""
+    """Skips the initialisation of modules created under it, because a checkpoint replaces their parameters."""
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
