@@ -125,7 +125,7 @@ def test_an_answer_gets_at_most_half_of_the_context(prompt_recorder, tokenizer):
     model, prompts = prompt_recorder(tokenizer)
     chat = Chat(model, tokenizer, ALPACA, max_new_tokens=1000)
     list(chat.ask("seven " * 300))
-    assert chat.room == 64
+    assert chat.max_answer_tokens == 64
     assert 55 <= len(prompts[-1]) <= 64
 
 
