@@ -238,9 +238,8 @@ class Terminal:
         eprint(f"last answer  {_speed(last.new_tokens, last.seconds)}, first token after {last.first_token_s:.2f} s")
         eprint(f"answers      {len(answers):,}: {_speed(tokens, seconds)}")
         used = last.prompt_tokens + last.new_tokens
-        eprint(
-            f"context      {used:,} of {context:,} tokens used, {self.chat.max_answer_tokens:,} reserved for each answer"
-        )
+        reserved = self.chat.max_answer_tokens
+        eprint(f"context      {used:,} of {context:,} tokens used, {reserved:,} reserved for each answer")
         eprint(f"left out     {last.turns_dropped:,} old turns, {last.tokens_cut:,} tokens of a message")
 
     def exit(self, _: str) -> None:
