@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minigpt.data.collate import Batch, collate
 from minigpt.data.encode import Example
-from minigpt.data.order import epoch_windows, replay_rows, shard
+from minigpt.data.order import epoch_global_batches, lengths_of, replay_indices, shard
 from minigpt.distributed import all_or_none, is_main, print0, rank, sum_over_ranks, world_size
 from minigpt.files import remove, wait_until_visible
 from minigpt.settings.groups import TrainConfig
@@ -136,14 +136,14 @@ def train(
         replay_data, replayed = (), 0
     else:
         replayed = max(1, round(window_size * replay_ratio))
-    lengths = np.concatenate([_lengths(train_data), _lengths(replay_data)])  # replayed examples are numbered behind
+    lengths = np.concatenate([lengths_of(train_data), lengths_of(replay_data)])  # replayed examples are numbered behind
     order = {
         "window_size": window_size,
         "replayed": replayed,
         "seed": config.seed,
         "group_by_length": config.group_by_length,
         "data": _fingerprint(lengths, train_data, replay_data),
-        "validation": _fingerprint(_lengths(eval_data or ()), eval_data or ()),
+        "validation": _fingerprint(lengths_of(eval_data or ()), eval_data or ()),
     }
     output_dir = Path(config.output_dir) if config.output_dir else None
 
@@ -196,10 +196,12 @@ def train(
             # ---- data: one window of examples, cut into micro-batches of similar length, and of them this rank's
             epoch, place = divmod(step - 1, steps_per_epoch)
             if place == 0 or step == first_step + 1:
-                windows = epoch_windows(lengths[:n_examples], window_size, config.seed, epoch, config.group_by_length)
+                windows = epoch_global_batches(
+                    lengths[:n_examples], window_size, config.seed, epoch, config.group_by_length
+                )
             rows = windows[place]
             if replayed:
-                rows = np.append(rows, n_examples + replay_rows(len(replay_data), replayed, config.seed, step - 1))
+                rows = np.append(rows, n_examples + replay_indices(len(replay_data), replayed, config.seed, step - 1))
             batches = []
             for places in shard(lengths[rows], config.per_device_train_batch_size, rank(), world_size()):
                 micro_batch = [
@@ -341,18 +343,12 @@ def evaluate(engine: Engine, data: Sequence[Example], batch_size: int) -> float:
     """
     engine.module.eval()
     nll, n_tokens = 0.0, 0.0
-    for rows in shard(_lengths(data), batch_size, rank(), world_size()):
+    for rows in shard(lengths_of(data), batch_size, rank(), world_size()):
         nll_sum, n = engine(collate([data[int(row)] for row in rows], PAD) if len(rows) else FILLER)
         nll, n_tokens = nll + nll_sum.item(), n_tokens + int(n)
     engine.module.train()
     nll, n_tokens = sum_over_ranks(nll, n_tokens)
     return nll / max(1, n_tokens)
-
-
-def _lengths(data: Sequence[Example]) -> np.ndarray:
-    """Ids of each example; a store knows them without reading the examples."""
-    lengths = data.lengths if hasattr(data, "lengths") else [len(data[i]) for i in range(len(data))]
-    return np.asarray(lengths, dtype=np.int64)
 
 
 def _fingerprint(lengths: np.ndarray, *datasets: Sequence[Example]) -> str:

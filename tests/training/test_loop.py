@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minigpt import Example, TrainConfig, collate, make_engine, train
-from minigpt.data.order import epoch_windows
+from minigpt.data.order import epoch_global_batches
 from minigpt.model.gpt2 import GPT, GPTConfig
 from minigpt.training.loop import evaluate
 
@@ -100,7 +100,7 @@ def test_each_example_once_an_epoch_and_the_short_window_is_stepped(monkeypatch)
     result, _ = run(data, per_device_train_batch_size=4, num_train_epochs=2)
     assert result.steps == 6
     assert sorted(seen[:11]) == sorted(seen[11:]) == list(range(11))
-    assert seen[:4] == epoch_windows(data.lengths, 4, 42, 0)[0].tolist()
+    assert seen[:4] == epoch_global_batches(data.lengths, 4, 42, 0)[0].tolist()
 
 
 def test_the_files_of_a_run(tmp_path):
