@@ -1,12 +1,13 @@
-"""The training loop: pretraining and instruction tuning, written once.
+"""The training loop: pretraining, instruction tuning and any other objective, written once.
 
 It reads examples, not formats, and drives an engine, not a device. `train` is a step's whole order of effects, from
-top to bottom: data, forward and backward, optimizer, metrics and evaluation, checkpoint. The device is
-in engines/, and what is written to disk in run/recorder.py.
+top to bottom: data, forward and backward, optimizer, metrics and evaluation, checkpoint. What is minimised is in
+objectives.py, the device in engines/, and what is written to disk in run/recorder.py.
 """
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,19 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minigpt.data.collate import Batch, collate
 from minigpt.data.order import epoch_global_batches, lengths_of, replay_indices, shard
 from minigpt.distributed import rank, sum_over_ranks, world_size
 from minigpt.settings.groups import TrainConfig
 from minigpt.training.engines.torch_engine import Engine
+from minigpt.training.objectives import Objective
 from minigpt.training.optim import learning_rate
 from minigpt.training.out_of_memory import explain_out_of_memory
 from minigpt.training.run.recorder import Export, Recorder
 from minigpt.training.run.result import TrainResult
 from minigpt.training.run.resume import data_order
 
-PAD = 0  # any id of the vocabulary: padding is behind all that counts, and its targets are ignored
-FILLER = Batch(torch.tensor([[PAD]]), torch.tensor([[-100]]))  # for a rank that has run out of examples
 MAX_SKIPPED_IN_A_ROW = 25  # a loss scale of 65536 takes 16 halvings to reach 1; DeepSpeed's patience adds some steps
 
 
@@ -40,18 +39,20 @@ def train(
     *,
     replay_data: Sequence[Any] | None = None,
     replay_ratio: float = 0.25,
+    objective: Objective | None = None,
 ) -> TrainResult:
     """Trains the engine's model.
 
     Args:
         config: the settings. `output_dir` None writes nothing to disk.
         engine: from `make_engine`.
-        train_data: each example once per epoch.
+        train_data: Examples, or what else the objective's `collate` takes; each is read once per epoch.
         eval_data: evaluated before the first step, every `eval_steps`, and after the last.
         on_eval: called after each evaluation with the module in eval mode and the step, to show sample answers.
         export: called with the weights and a folder, at the end and whenever the validation loss is the lowest yet.
         replay_data: examples of earlier training, against forgetting. Each step reads some in addition to its own:
             about `replay_ratio` for each example of a full global batch, and at least one.
+        objective: what to minimise; None is the engine's, which is `NextToken()` unless `make_engine` was given one.
 
     Raises:
         ValueError: there is nothing to train on.
@@ -65,6 +66,9 @@ def train(
         raise ValueError("the training data is empty: give more of it, or hold out less (--validation_split)")
     if replay_data is not None and len(replay_data) == 0:
         raise ValueError("the replay data is empty: give more of it (--replay_data)")
+    if objective is None:
+        objective = engine.objective
+    engine.objective = objective
 
     global_batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
     steps_per_epoch = math.ceil(n_examples / global_batch_size)
@@ -114,19 +118,21 @@ def train(
                     train_data[i] if i < n_examples else replay_data[i - n_examples]
                     for i in global_batch[indices].tolist()
                 ]
-                batches.append(collate(items, PAD) if items else FILLER)
-            weight = int(sum_over_ranks(sum(int((batch.targets != -100).sum()) for batch in batches))[0])
+                batches.append(objective.collate(items))  # no items: a filler of weight zero
+            weight = int(sum_over_ranks(sum(objective.weight(batch) for batch in batches))[0])
 
             # ---- forward and backward: the mean over the whole global batch, not a mean of micro-batches' means
-            loss_sum: Tensor | float = 0.0
+            sums: dict[str, Tensor | float] = defaultdict(float)
             for batch in batches:
-                nll_sum, _ = engine(batch)
-                engine.backward(nll_sum / max(1, weight) * world_size(), last=batch is batches[-1])
-                loss_sum = loss_sum + nll_sum.detach()
+                loss = engine(batch)
+                engine.backward(loss.sum / max(1, weight) * world_size(), last=batch is batches[-1])
+                for name, value in {"loss": loss.sum, **loss.extras}.items():
+                    sums[name] = sums[name] + value.detach()
 
             # ---- optimizer
             lr = learning_rate(step - 1 - result.skipped_steps, total_steps, config)
-            means = {"loss": sum_over_ranks(float(loss_sum))[0] / max(1, weight)}
+            totals = sum_over_ranks(*(float(value) for value in sums.values()))
+            means = {name: total / max(1, weight) for name, total in zip(sums, totals)}
             if not math.isfinite(means["loss"]) and not config.fp16:
                 raise _not_finite(engine.module, step, f"the loss is {means['loss']}", lr, recorder.losses)
             info = engine.step(lr)
@@ -161,15 +167,15 @@ def train(
 
 @torch.no_grad()
 def evaluate(engine: Engine, data: Sequence[Any], batch_size: int) -> float:
-    """The mean loss on `data` over all supervised tokens, in nats.
+    """The mean loss on `data` per supervised token (or per whatever the objective counts), in nats.
 
     Every rank calls and reads its own share. Leaves the module in train mode.
     """
     engine.module.eval()
     loss_sum, weight = 0.0, 0.0
     for indices in shard(lengths_of(data), batch_size, rank(), world_size()):
-        nll_sum, n_tokens = engine(collate([data[i] for i in indices.tolist()], PAD) if len(indices) else FILLER)
-        loss_sum, weight = loss_sum + nll_sum.item(), weight + int(n_tokens)
+        batch = engine.objective.collate([data[i] for i in indices.tolist()])
+        loss_sum, weight = loss_sum + engine(batch).sum.item(), weight + engine.objective.weight(batch)
     engine.module.train()
     loss_sum, weight = sum_over_ranks(loss_sum, weight)
     return loss_sum / max(1, weight)

@@ -101,7 +101,7 @@ class Recorder:
         """Adds a step to the counters and returns its line of metrics.jsonl, to which the loop may add `val_loss`.
 
         Args:
-            means: the loss, and other means to log under their names.
+            means: the loss and the objective's extras.
             tokens: tokens read, padding not counted.
             weight: the step's denominator.
         """

@@ -16,6 +16,7 @@ class TrainResult:
     tokens: int
     """Tokens read, padding not counted."""
     supervised_tokens: int
+    """The denominators of all steps together: supervised tokens, or what the objective counts instead."""
     train_loss: float
     """Over the last tenth of the steps."""
     seconds: float

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from minigpt import GPT, Example, TrainConfig, collate, make_engine, train
 from minigpt.data.order import shard
 from minigpt.distributed import is_main, rank, sum_over_ranks, world_size
-from minigpt.training.loop import FILLER, PAD, evaluate
+from minigpt.training.loop import evaluate
 from minigpt.training.optim import parameter_groups
 
 from ...ranks import engine_of, few, on_ranks
@@ -51,19 +51,20 @@ def gradients(engine) -> dict[str, torch.Tensor]:
 
 
 def step(engine, data=DATA, micro_batch_size=2, lr=1e-3, factor=1.0):
-    """One step on a window, as the loop makes it: `(loss, StepInfo)`. `factor` makes rank 0's gradients wrong."""
+    """One step on a global batch, as the loop makes it: `(loss, StepInfo)`. `factor` makes rank 0's gradients wrong."""
+    objective = engine.objective
     batches = [
-        collate([data[i] for i in places], PAD) if len(places) else FILLER
-        for places in shard([len(example) for example in data], micro_batch_size, rank(), world_size())
+        objective.collate([data[i] for i in indices])
+        for indices in shard([len(example) for example in data], micro_batch_size, rank(), world_size())
     ]
-    count = sum_over_ranks(sum(int((batch.targets != -100).sum()) for batch in batches))[0]
-    nll = 0.0
+    weight = sum_over_ranks(sum(objective.weight(batch) for batch in batches))[0]
+    total = 0.0
     for batch in batches:
-        nll_sum, _ = engine(batch)
-        nll += nll_sum.item()
+        loss = engine(batch)
+        total += loss.sum.item()
         scale = world_size() * (factor if is_main() else 1.0)
-        engine.backward(nll_sum / count * scale, last=batch is batches[-1])
-    return sum_over_ranks(nll)[0] / count, engine.step(lr)
+        engine.backward(loss.sum / weight * scale, last=batch is batches[-1])
+    return sum_over_ranks(total)[0] / weight, engine.step(lr)
 
 
 # ---- the same window, cut in any way
@@ -126,7 +127,7 @@ def gradients_on_the_way():
     engine, _ = engine_of("torch", tiny_model())
     lengths = []
     for last in (False, True):
-        engine.backward(engine(collate([DATA[rank()]], PAD))[0], last)
+        engine.backward(engine(collate([DATA[rank()]])).sum, last)
         lengths.append(vector(gradients(engine)).norm().item())
     return lengths
 
@@ -216,7 +217,7 @@ def trained_logits(kind, folder):
     if is_main():
         engine.module.save_pretrained(folder, weights)
     engine.module.eval()
-    forward = engine.forward if kind == "torch" else engine.engine
+    forward = engine.module if kind == "torch" else engine.engine
     with torch.no_grad():
         return forward(IDS), sorted(weights)
 
