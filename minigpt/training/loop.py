@@ -79,7 +79,7 @@ def train(
     else:
         n_replayed = max(1, round(global_batch_size * replay_ratio))
     lengths = np.concatenate([lengths_of(train_data), lengths_of(replay_data)])  # index n_examples: first replayed one
-    order = data_order(config, global_batch_size, n_replayed, train_data, replay_data, eval_data or ())
+    order = data_order(config, global_batch_size, n_replayed, lengths, train_data, replay_data, eval_data or ())
 
     torch.manual_seed((config.seed + rank()) % 2**63)  # dropout
     recorder = Recorder(config, engine, order, total_steps, eval_steps if eval_data else None, export)

@@ -43,12 +43,15 @@ def data_order(
     config: TrainConfig,
     global_batch_size: int,
     n_replayed: int,
+    lengths: np.ndarray,
     train_data: Sequence[Any],
     replay_data: Sequence[Any],
     eval_data: Sequence[Any],
 ) -> dict[str, Any]:
-    """All that decides which examples a step reads, by the names of `ORDER`; saved in every checkpoint."""
-    lengths = np.concatenate([lengths_of(train_data), lengths_of(replay_data)])
+    """All that decides which examples a step reads, by the names of `ORDER`; saved in every checkpoint.
+
+    `lengths` are those of the training data, then of the replayed data.
+    """
     return {
         "window_size": global_batch_size,
         "replayed": n_replayed,
