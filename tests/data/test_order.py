@@ -73,7 +73,7 @@ def test_grouping_saves_padding_and_keeps_chance():
 
 
 def test_many_seeds_give_every_example_every_place():
-    """No example is always early: over 2000 epochs each of 5 stands first about 400 times."""
+    """No example is always early: over 2000 epochs each of 5 is first about 400 times."""
     first = [epoch_global_batches([3, 1, 4, 1, 5], 1, 0, epoch)[0][0] for epoch in range(2000)]
     assert all(330 < count < 470 for count in np.bincount(first, minlength=5))
 
@@ -83,9 +83,9 @@ def test_a_dealt_global_batch_is_whole_and_sorted():
     for size, micro_batch_size in [(1, 1), (7, 2), (8, 2), (8, 3), (5, 8), (64, 16)]:
         lengths = draw.integers(1, 50, size)
         dealt = shard(lengths, micro_batch_size)
-        places = np.concatenate(dealt)
-        assert sorted(places) == list(range(size))
-        assert (np.diff(lengths[places]) >= 0).all()
+        indices = np.concatenate(dealt)
+        assert sorted(indices) == list(range(size))
+        assert (np.diff(lengths[indices]) >= 0).all()
         assert [len(batch) for batch in dealt[:-1]] == [micro_batch_size] * (len(dealt) - 1)
         assert 1 <= len(dealt[-1]) <= micro_batch_size
     assert lists(shard([5, 5, 1, 5], 2)) == [[2, 0], [1, 3]]  # equal lengths stay in order
@@ -99,10 +99,10 @@ def test_ranks_get_equally_many_micro_batches_and_together_the_global_batch(worl
         lengths = draw.integers(1, 50, size)
         ranks = [shard(lengths, micro_batch_size, rank, world_size) for rank in range(world_size)]
         turns = [lists(turn) for turn in zip(*ranks, strict=True)]  # strict: every rank makes the same number of turns
-        dealt = [places for turn in turns for places in turn]
-        full = [places for places in dealt if places]
+        dealt = [indices for turn in turns for indices in turn]
+        full = [indices for indices in dealt if indices]
         assert full == lists(shard(lengths, micro_batch_size))  # the same micro-batches as one rank's, in turns
-        assert all(places == [] for places in dealt[len(full) :])  # only the last turn falls short
+        assert all(indices == [] for indices in dealt[len(full) :])  # only the last turn falls short
         assert len(dealt) - len(full) < world_size
 
 

@@ -111,7 +111,7 @@ def test_masks_of_dropout():
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("config", [*SHAPES, CHUNKS], ids=lambda config: f"C{config.n_embd}")
 def test_a_step_takes_what_was_planned(config, precision, gradient_checkpointing):
-    """Gradients and activations, at the worst instant of a window of two micro-batches."""
+    """Gradients and activations, at the peak of a global batch of two micro-batches."""
     model = build(config, precision)
     flags = {"bf16": precision == "autocast", "gradient_checkpointing": gradient_checkpointing}
     engine = make_engine(model, TrainConfig(**flags))

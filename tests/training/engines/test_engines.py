@@ -42,7 +42,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def gradients(engine) -> dict[str, torch.Tensor]:
-    """The window's, averaged over ranks, before the step. Every rank calls."""
+    """Of the global batch, averaged over ranks, before the step. Every rank calls."""
     from deepspeed.utils import safe_get_full_grad
 
     partitioned = getattr(engine, "stage", 0) > 0
@@ -67,7 +67,7 @@ def step(engine, data=DATA, micro_batch_size=2, lr=1e-3, factor=1.0):
     return sum_over_ranks(total)[0] / weight, engine.step(lr)
 
 
-# ---- the same window, cut in any way
+# ---- the same global batch, cut in any way
 
 
 def three_steps(kind, micro_batch_size, accumulation, checkpointing=False):
@@ -115,7 +115,7 @@ FEW_CUTS = [
 
 
 @pytest.mark.parametrize(("cut", "kind", "checkpointing"), few(EVERY_CUT, FEW_CUTS))
-def test_a_window_cut_in_any_way_is_the_same_step(whole, cut, kind, checkpointing):
+def test_a_global_batch_cut_in_any_way_is_the_same_step(whole, cut, kind, checkpointing):
     """DeepSpeed 0.17.6 to 0.19.3 reduced some gradients wrongly, and silently; a mean of means weighs them wrongly."""
     ranks, micro_batch_size, accumulation = cut
     found = on_ranks(ranks, three_steps, kind, micro_batch_size, accumulation, checkpointing)[0]
@@ -132,7 +132,7 @@ def gradients_on_the_way():
     return lengths
 
 
-def test_ranks_meet_once_a_window():
+def test_ranks_reduce_once_per_global_batch():
     """After every micro-batch they would come to the same gradient, and wait for each other all the time."""
     (first, averaged), (other, averaged_there) = on_ranks(2, gradients_on_the_way)
     assert first != pytest.approx(other, rel=0.01)
