@@ -69,12 +69,13 @@ def main(config: SFTConfig) -> None:
     from minigpt.inference.packed import lighten
     from minigpt.model.families import load_config, load_model
     from minigpt.training.engines.torch_engine import check_engine, make_engine
-    from minigpt.training.loop import evaluate, perplexity, train
+    from minigpt.training.loop import evaluate, train
     from minigpt.training.out_of_memory import explain_out_of_memory
     from minigpt.training.plan import plan
     from minigpt.training.precision import fit_to_machine
     from minigpt.training.run.checkpoint import export, find_checkpoint
     from minigpt.training.run.folder import run_folder
+    from minigpt.training.run.result import perplexity
 
     # ---- what the model's folder says
     revision, device = config.revision, pick_device(config.device)

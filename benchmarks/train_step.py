@@ -32,8 +32,8 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
         engine.module.train()
 
         def step() -> None:
-            nll_sum, n_tokens = engine(Batch(idx, targets))
-            engine.backward(nll_sum / n_tokens, last=True)
+            n_tokens = (targets != -100).sum()
+            engine.backward(engine(Batch(idx, targets)).sum / n_tokens, last=True)
             engine.step(1e-5)
     else:
         from transformers import GPT2Config, GPT2LMHeadModel

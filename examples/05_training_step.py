@@ -1,7 +1,7 @@
 """A training step with nothing hidden: logits, the loss at each position, gradients by layer, AdamW recomputed.
 
-Opens minigpt/training/loop.py (the step), minigpt/training/engines/torch_engine.py (what it drives) and
-minigpt/training/optim.py.
+Opens minigpt/training/loop.py (the step), minigpt/training/objectives.py (what it minimises),
+minigpt/training/engines/torch_engine.py (what it drives) and minigpt/training/optim.py.
 
     python examples/05_training_step.py
 """
@@ -36,7 +36,8 @@ for at, (read, target) in enumerate(zip(batch.inputs[0].tolist(), batch.targets[
     loss = -log_p[at, target].item()
     print(f"   {tokenizer.decode([read])!r:14} {tokenizer.decode([target])!r:16} {math.exp(-loss):9.5f} {loss:13.4f}")
     losses.append(loss)
-nll_sum, n_tokens = engine(batch)  # computes the head only where a target counts, and never holds the (T,V) logits
+n_tokens = len(losses)
+nll_sum = engine(batch).sum  # computes the head only where a target counts, and never holds the (T,V) logits
 print(f"   mean over {n_tokens}: {sum(losses) / n_tokens:.4f}, the engine's {nll_sum / n_tokens:.4f};", end="")
 print(f" a blind guess: ln {tokenizer.vocab_size:,} = {math.log(tokenizer.vocab_size):.4f}")
 assert math.isclose(sum(losses), nll_sum.item(), rel_tol=1e-5)
@@ -46,13 +47,13 @@ beta1, beta2, lr = config.adam_beta1, config.adam_beta2, config.learning_rate
 mean = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
 square = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
 for t in (1, 2):
-    nll_sum, n_tokens = engine(batch)
-    engine.backward(nll_sum / n_tokens, last=True)
+    loss = engine(batch)  # the objective's forward: Loss(sum, extras)
+    engine.backward(loss.sum / n_tokens, last=True)
     weight = {name: p.detach().double() for name, p in model.named_parameters()}
     gradient = {name: p.grad.double() for name, p in model.named_parameters()}
     square_sums = {name: g.square().sum().item() for name, g in gradient.items()}
     norm = math.sqrt(sum(square_sums.values()))
-    print(f"\n{t + 1}. Step {t}: loss {nll_sum / n_tokens:.4f}, gradient norm {norm:.3f}; by layer (squares add up):")
+    print(f"\n{t + 1}. Step {t}: loss {loss.sum / n_tokens:.4f}, gradient norm {norm:.3f}; by layer (squares add up):")
     for layer in ("wte", "wpe", "h.0", "h.1", "ln_f"):
         own = math.sqrt(sum(value for name, value in square_sums.items() if name.startswith(layer)))
         print(f"   {layer:5} {own:6.3f} {'█' * round(50 * own / norm)}")

@@ -14,6 +14,12 @@ import numpy as np
 BATCHES_PER_POOL = 32  # global batches cut from one pool sorted by length: similar lengths, but still a random mix
 
 
+def lengths_of(data: Sequence) -> np.ndarray:
+    """The number of ids of each example; a token store knows them without reading the examples."""
+    lengths = data.lengths if hasattr(data, "lengths") else [len(data[i]) for i in range(len(data))]
+    return np.asarray(lengths, dtype=np.int64)
+
+
 def epoch_global_batches(
     lengths: Sequence[int] | np.ndarray, global_batch_size: int, seed: int, epoch: int, group_by_length: bool = True
 ) -> list[np.ndarray]:

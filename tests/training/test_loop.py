@@ -49,7 +49,7 @@ def weights(model) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def test_a_window_cut_in_any_way_is_the_same_step():
+def test_a_global_batch_cut_in_any_way_is_the_same_step():
     """A mean of means weighs a short answer like a long one (transformers pull request 34191)."""
     data = examples(48)
     results = [
@@ -85,7 +85,7 @@ def test_the_gradient_is_the_token_mean_in_float64():
         torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-7, atol=1e-10)
 
 
-def test_each_example_once_an_epoch_and_the_short_window_is_stepped(monkeypatch):
+def test_each_example_once_an_epoch_and_the_short_global_batch_is_stepped(monkeypatch):
     data = examples(11)
     seen = []
 
@@ -172,7 +172,7 @@ def test_no_second_folder_where_the_last_is_the_best(tmp_path):
     assert not (tmp_path / "export-best").exists()
 
 
-def test_replayed_rows_stand_beside_the_window_in_every_step():
+def test_every_step_reads_replayed_examples_too():
     data, replay = examples(16), examples(7, seed=3)
     config = TrainConfig(per_device_train_batch_size=4, num_train_epochs=2)
     engine = make_engine(tiny_model(), config)
@@ -185,7 +185,7 @@ def test_replayed_rows_stand_beside_the_window_in_every_step():
 
 
 def test_a_share_of_less_than_one_row_is_one():
-    """A quarter of a window of 2 rounded to nothing, and whoever asked for replay trained without it."""
+    """A quarter of a global batch of 2 was rounded to 0, so --replay_data had no effect."""
     data, replay = examples(2), examples(1, seed=3)
     config = TrainConfig(per_device_train_batch_size=2)
     result = train(config, make_engine(tiny_model(), config), data, replay_data=replay)

@@ -111,15 +111,15 @@ def test_masks_of_dropout():
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("config", [*SHAPES, CHUNKS], ids=lambda config: f"C{config.n_embd}")
 def test_a_step_takes_what_was_planned(config, precision, gradient_checkpointing):
-    """Gradients and activations, at the worst instant of a window of two micro-batches."""
+    """Gradients and activations, at the peak of a global batch of two micro-batches."""
     model = build(config, precision)
     flags = {"bf16": precision == "autocast", "gradient_checkpointing": gradient_checkpointing}
     engine = make_engine(model, TrainConfig(**flags))
 
     def step(batch: Batch) -> None:
         for _ in range(2):
-            nll_sum, n_tokens = engine(batch)
-            engine.backward(nll_sum / n_tokens, last=False)
+            loss = engine(batch)
+            engine.backward(loss.sum / engine.objective.weight(batch), last=False)
         engine.step(1e-4)
 
     step(batch_of(TINY, rows=1))  # makes the optimizer's moments
@@ -154,10 +154,10 @@ def rank_memory(stage: int, bf16: bool, file: Path) -> tuple[float, float]:
     engine = make_engine(model, config)
     batch = Batch(*(tensor[:, :4] for tensor in batch_of(TINY, rows=1)))
     for _ in range(2):
-        nll_sum, n_tokens = engine(batch)
-        engine.backward(nll_sum / n_tokens, last=True)
+        loss = engine(batch)
+        engine.backward(loss.sum / engine.objective.weight(batch), last=True)
         engine.step(1e-4)
-    del nll_sum, n_tokens
+    del loss
     gc.collect()
     storages = {}
     for tensor in gc.get_objects():
@@ -203,8 +203,8 @@ def test_steps_and_tokens_are_those_of_the_run(settings):
 def test_a_checkpoint_takes_the_disk_that_was_planned(tmp_path):
     config = GPTConfig(vocab_size=301, n_positions=64, n_embd=64, n_layer=3, n_head=4, **NO_DROPOUT)
     engine = make_engine(GPT(config), TrainConfig())
-    nll_sum, n_tokens = engine(batch_of(config, rows=1))
-    engine.backward(nll_sum / n_tokens, last=True)
+    batch = batch_of(config, rows=1)
+    engine.backward(engine(batch).sum / engine.objective.weight(batch), last=True)
     engine.step(1e-4)
     (tmp_path / "state").mkdir()
     engine.save(tmp_path / "state")

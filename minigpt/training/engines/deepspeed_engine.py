@@ -1,8 +1,14 @@
 """ZeRO and fp16 through DeepSpeed, behind the same promise as `TorchEngine`.
 
 ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) cuts the optimizer's state (stage 1), the gradients (2) and the
-weights (3) into one part per rank. The loop cuts its own windows and sets its own learning rate, so of DeepSpeed only
-the engine and the optimizer are used. https://deepspeed.readthedocs.io
+weights (3) into one part per rank. The loop shards its own global batches and sets its own learning rate, so of
+DeepSpeed only the engine and the optimizer are used. https://deepspeed.readthedocs.io
+
+DeepSpeed wraps the plain model and the objective calls that wrapper, unlike under DistributedDataParallel, where the
+objective runs inside the wrapped forward. A module of model and objective in between would put a prefix before every
+parameter name in DeepSpeed's shards, so that older checkpoints could not be loaded, and would take ZeRO-3's root
+hooks, which trace the order of weights, away from the model that sample answers are generated with. And it is not
+needed: each call of DeepSpeed's engine gathers weights for itself, and several may precede one backward.
 """
 
 import contextlib
@@ -20,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from minigpt.data.collate import Batch
 from minigpt.distributed import all_or_none, fails_alone, is_main, print0, rank, start_process_group, world_size
 from minigpt.model.base import CausalLM
 from minigpt.settings.groups import TrainConfig
 from minigpt.training.engines.deepspeed_config import deepspeed_config
 from minigpt.training.engines.state import MOMENTS, State, checkpoint_bytes, read_state, write_state
+from minigpt.training.objectives import Loss, Objective
 from minigpt.training.optim import StepInfo, make_optimizer, parameter_groups
 
 SHARDS = "deepspeed"
@@ -34,9 +40,10 @@ SHARDS = "deepspeed"
 class DeepSpeedEngine:
     """`deepspeed.initialize`, with a client torch AdamW unless the DeepSpeed file names an optimizer."""
 
-    def __init__(self, model: CausalLM, config: TrainConfig):
+    def __init__(self, model: CausalLM, config: TrainConfig, objective: Objective):
         self.device = next(model.parameters()).device
         self.module = model
+        self.objective = objective
         deepspeed, settings = prepare(config, model.config.width, self.device.type)
         self.version, self.zero = deepspeed.__version__, deepcopy(settings["zero_optimization"])
         self.stage = self.zero["stage"]
@@ -45,14 +52,14 @@ class DeepSpeedEngine:
         for parameter in model.parameters():  # a memory-mapped file gives transposed views, which DeepSpeed flattens
             parameter.data = parameter.data.contiguous()
         start_process_group(self.device.type)
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, and plain python sets none
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, but only launchers set it
         self.max_grad_norm = config.max_grad_norm
-        if self.stage == 0:  # in fp32, so the gradients lie in the parameters, and are clipped here for their norm
+        if self.stage == 0:  # in fp32: whole gradients are in p.grad, and `step` clips them to get their norm
             settings["gradient_clipping"] = 0.0
-        # A window may have more micro-batches than configured (replayed data), and DeepSpeed only asks: one, or more?
+        # Replayed data may add micro-batches to the configured number; DeepSpeed only distinguishes one from several.
         settings["gradient_accumulation_steps"] = max(2, settings["gradient_accumulation_steps"])
         settings.pop("train_batch_size", None)
-        # PyTorch's own class, for ZeRO compares the type and takes no subclass.
+        # PyTorch's own class, because ZeRO compares the type and refuses a subclass.
         optimizer = None if "optimizer" in settings else make_optimizer(model, config, torch.optim.AdamW)
         exact = [] if self.dtype == "fp32" else [parameter.detach().to("cpu") for parameter in model.parameters()]
         with _quiet():
@@ -63,22 +70,22 @@ class DeepSpeedEngine:
                 config=settings,
                 dist_init_required=False,
             )
-        with torch.no_grad():  # DeepSpeed rounds the weights first, and takes its fp32 ones from those
+        with torch.no_grad():  # DeepSpeed rounds the weights and then copies its fp32 weights from the rounded ones
             for parameter, value in zip(model.parameters(), exact):
                 self._set_weight(parameter, value.to(self.device))
-        if self.dtype == "fp16":  # the loop ends the run, and says why
+        if self.dtype == "fp16":  # the loop raises instead, with the cause
             self.optimizer.loss_scaler.raise_error_at_min_scale = False
         print0(f"DeepSpeed: ZeRO stage {self.stage}, {self.dtype}, {world_size()} ranks")
 
     # ---- the step
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        return self.engine(inputs, targets)
+    def __call__(self, batch: Any) -> Loss:
+        batch = batch._make(tensor.to(self.device, non_blocking=True) for tensor in batch)
+        return self.objective(self.engine, batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
-        if self.stage == 3:  # recomputed layers stop early, and leave themselves on DeepSpeed's list of open modules
+        if self.stage == 3:  # recomputed layers stop early, so DeepSpeed does not pop them from its stack of modules
             from deepspeed.runtime.zero import parameter_offload
 
             del parameter_offload.FWD_MODULE_STACK[1:]
@@ -89,7 +96,7 @@ class DeepSpeedEngine:
         loss_scale = float(getattr(self.optimizer, "cur_scale", 1.0)) if self.dtype == "fp16" else 1.0
         if self.stage == 0:
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
-            if not norm.isfinite():  # which DeepSpeed would apply, at this stage
+            if not norm.isfinite():  # at this stage DeepSpeed would apply them
                 self.engine.zero_grad()
                 return StepInfo(float(norm), skipped=True)
             self.engine.step()
@@ -103,8 +110,8 @@ class DeepSpeedEngine:
         return self._gather(None)
 
     def save(self, folder: Path) -> None:
-        """DeepSpeed's shards, for the same world, and the whole state, for any other. Every rank writes."""
-        self.engine._copy_recovery_script = lambda _: None  # the whole weights are there without it
+        """DeepSpeed's shards, for the same world, and the whole state, for any other world. Every rank writes."""
+        self.engine._copy_recovery_script = lambda _: None  # not needed: the whole weights are saved too
         with all_or_none(), _raised_at_the_end(self.engine.checkpoint_engine), _quiet():
             self.engine.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
         moments = {kind: self._gather(kind) for kind in MOMENTS} if self._adam_steps() else {}
@@ -125,7 +132,7 @@ class DeepSpeedEngine:
                 raise ValueError(f"{folder / SHARDS}: DeepSpeed cannot read its own shards")
         else:
             self._scatter(state)
-        # As the flags say now, not as they said when the checkpoint was written.
+        # The settings of this run, not those of the run that wrote the checkpoint.
         for group, values in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(values)
         if clip_grad is not None:
@@ -133,12 +140,12 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         alone = fails_alone(self.device.type)
-        with contextlib.suppress(Exception):  # what led here is the error to show
+        with contextlib.suppress(Exception):  # the error that led here is the one to show
             self.engine.destroy()
         if distributed.is_initialized() and not alone:
             from deepspeed import comm
 
-            comm.destroy_process_group()  # PyTorch's, and what DeepSpeed remembers of it
+            comm.destroy_process_group()  # PyTorch's process group and DeepSpeed's references to it
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -153,11 +160,11 @@ class DeepSpeedEngine:
 
     @property
     def _adam(self) -> torch.optim.Optimizer:
-        """What ZeRO wraps."""
+        """The optimizer inside ZeRO's."""
         return self.optimizer if self.stage == 0 else self.optimizer.optimizer
 
     def _adam_steps(self) -> int:
-        """Kept beside each moment, or, by DeepSpeed's FusedAdam, once a group."""
+        """PyTorch keeps the count in each parameter's state, DeepSpeed's FusedAdam in the group."""
         steps = [one["step"] for one in self._adam.state.values() if "step" in one]
         return int(max([*steps, *(group.get("step", 0) for group in self._adam.param_groups)], default=0))
 
@@ -185,14 +192,14 @@ class DeepSpeedEngine:
     def _link_moments(self) -> None:
         """Lets `safe_get_*` and `safe_set_*` find the moments in the flat tensors that ZeRO-1 and 2 step.
 
-        DeepSpeed does so once, after stepping the first parameter group, when the second group has none yet.
+        DeepSpeed links them only once, after it stepped the first parameter group, when the second has no moments yet.
         """
         self.optimizer._hp_optimizer_states_linked = False
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
     @torch.no_grad()
     def _scatter(self, state: State) -> None:
-        """Each rank takes its parts of a state that another engine, or another world, wrote."""
+        """Each rank loads its parts of a state that another engine or another world wrote."""
         if state.moments:
             for part in self._parts():
                 steps = torch.tensor(float(state.facts["adam_steps"]), device=part.device)
@@ -251,7 +258,7 @@ def _part(parameter: nn.Parameter, value: Tensor) -> Tensor:
 
 
 def prepare(config: TrainConfig, hidden_size: int, device_type: str) -> tuple[Any, dict[str, Any]]:
-    """DeepSpeed and its settings. A script asks before it reads the data, so that what is wrong is told at once.
+    """DeepSpeed and its settings. A script calls it before it reads the data, so that errors come at once.
 
     Raises:
         ValueError: the DeepSpeed file contradicts a flag or DeepSpeed, or the device cannot compute in fp16.
@@ -269,7 +276,7 @@ def prepare(config: TrainConfig, hidden_size: int, device_type: str) -> tuple[An
 
 
 def import_deepspeed(device_type: str) -> Any:
-    """DeepSpeed, for this device, and quiet: what it has to say below a warning is not our reader's.
+    """DeepSpeed for this device, with its log messages below the level of an error silenced.
 
     Raises:
         ImportError: it is not installed, or is a version that computes wrong gradients.
@@ -290,14 +297,14 @@ def import_deepspeed(device_type: str) -> Any:
         )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of PyTorch, to DeepSpeed
-    # Its collectives for CPUs are compiled at the first start, which takes a compiler and half a minute; gloo is there.
+    # Its collectives for CPUs need a compiler and half a minute at the first start; gloo needs neither.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 @contextlib.contextmanager
 def _raised_at_the_end(writer: Any) -> Iterator[None]:
-    """Keeps the error of a file that DeepSpeed cannot write until its save has ended, where the other ranks wait."""
+    """Holds an error of writing a file back until DeepSpeed's save is over, because the other ranks wait in it."""
     write, errors = writer.save, []
 
     def save(state_dict: Any, path: str) -> None:
@@ -317,7 +324,7 @@ def _raised_at_the_end(writer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Standard output without what DeepSpeed and its compilers print there; in an error it is shown after all."""
+    """Hides what DeepSpeed and its compilers print to standard output; on an error it goes to standard error."""
     sys.stdout.flush()
     real = os.dup(1)
     with tempfile.TemporaryFile() as chatter:

@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 
+from minigpt.training.objectives import Loss
+
 from ...workplace import ROOT, Workplace
 
 DEMO = ROOT / "examples" / "demo" / "demo.py"
@@ -26,7 +28,7 @@ class FakeEngine:
 
     def __call__(self, batch):
         time.sleep(0.1)
-        return 1.0, 1
+        return Loss(1.0, {})
 
     def backward(self, loss, last): ...
 

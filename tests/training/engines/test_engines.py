@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from minigpt import GPT, Example, TrainConfig, collate, make_engine, train
 from minigpt.data.order import shard
 from minigpt.distributed import is_main, rank, sum_over_ranks, world_size
-from minigpt.training.loop import FILLER, PAD, evaluate
+from minigpt.training.loop import evaluate
 from minigpt.training.optim import parameter_groups
 
 from ...ranks import engine_of, few, on_ranks
@@ -42,7 +42,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def gradients(engine) -> dict[str, torch.Tensor]:
-    """The window's, averaged over ranks, before the step. Every rank calls."""
+    """Of the global batch, averaged over ranks, before the step. Every rank calls."""
     from deepspeed.utils import safe_get_full_grad
 
     partitioned = getattr(engine, "stage", 0) > 0
@@ -51,22 +51,23 @@ def gradients(engine) -> dict[str, torch.Tensor]:
 
 
 def step(engine, data=DATA, micro_batch_size=2, lr=1e-3, factor=1.0):
-    """One step on a window, as the loop makes it: `(loss, StepInfo)`. `factor` makes rank 0's gradients wrong."""
+    """One step on a global batch, as the loop makes it: `(loss, StepInfo)`. `factor` makes rank 0's gradients wrong."""
+    objective = engine.objective
     batches = [
-        collate([data[i] for i in places], PAD) if len(places) else FILLER
-        for places in shard([len(example) for example in data], micro_batch_size, rank(), world_size())
+        objective.collate([data[i] for i in indices])
+        for indices in shard([len(example) for example in data], micro_batch_size, rank(), world_size())
     ]
-    count = sum_over_ranks(sum(int((batch.targets != -100).sum()) for batch in batches))[0]
-    nll = 0.0
+    weight = sum_over_ranks(sum(objective.weight(batch) for batch in batches))[0]
+    total = 0.0
     for batch in batches:
-        nll_sum, _ = engine(batch)
-        nll += nll_sum.item()
+        loss = engine(batch)
+        total += loss.sum.item()
         scale = world_size() * (factor if is_main() else 1.0)
-        engine.backward(nll_sum / count * scale, last=batch is batches[-1])
-    return sum_over_ranks(nll)[0] / count, engine.step(lr)
+        engine.backward(loss.sum / weight * scale, last=batch is batches[-1])
+    return sum_over_ranks(total)[0] / weight, engine.step(lr)
 
 
-# ---- the same window, cut in any way
+# ---- the same global batch, cut in any way
 
 
 def three_steps(kind, micro_batch_size, accumulation, checkpointing=False):
@@ -114,7 +115,7 @@ FEW_CUTS = [
 
 
 @pytest.mark.parametrize(("cut", "kind", "checkpointing"), few(EVERY_CUT, FEW_CUTS))
-def test_a_window_cut_in_any_way_is_the_same_step(whole, cut, kind, checkpointing):
+def test_a_global_batch_cut_in_any_way_is_the_same_step(whole, cut, kind, checkpointing):
     """DeepSpeed 0.17.6 to 0.19.3 reduced some gradients wrongly, and silently; a mean of means weighs them wrongly."""
     ranks, micro_batch_size, accumulation = cut
     found = on_ranks(ranks, three_steps, kind, micro_batch_size, accumulation, checkpointing)[0]
@@ -126,12 +127,12 @@ def gradients_on_the_way():
     engine, _ = engine_of("torch", tiny_model())
     lengths = []
     for last in (False, True):
-        engine.backward(engine(collate([DATA[rank()]], PAD))[0], last)
+        engine.backward(engine(collate([DATA[rank()]])).sum, last)
         lengths.append(vector(gradients(engine)).norm().item())
     return lengths
 
 
-def test_ranks_meet_once_a_window():
+def test_ranks_reduce_once_per_global_batch():
     """After every micro-batch they would come to the same gradient, and wait for each other all the time."""
     (first, averaged), (other, averaged_there) = on_ranks(2, gradients_on_the_way)
     assert first != pytest.approx(other, rel=0.01)
@@ -216,7 +217,7 @@ def trained_logits(kind, folder):
     if is_main():
         engine.module.save_pretrained(folder, weights)
     engine.module.eval()
-    forward = engine.forward if kind == "torch" else engine.engine
+    forward = engine.module if kind == "torch" else engine.engine
     with torch.no_grad():
         return forward(IDS), sorted(weights)
 

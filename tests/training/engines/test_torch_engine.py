@@ -23,7 +23,7 @@ def batch(seed: int) -> Batch:
 def test_gradients_are_summed_until_the_step(model):
     engine = make_engine(model, TrainConfig())
     for seed in (1, 2):
-        engine.backward(engine(batch(seed))[0], last=seed == 2)
+        engine.backward(engine(batch(seed)).sum, last=seed == 2)
     summed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     both = [model(*batch(seed))[0] for seed in (1, 2)]
@@ -34,7 +34,7 @@ def test_gradients_are_summed_until_the_step(model):
 
 def test_a_step_clips_applies_and_clears(model):
     engine = make_engine(model, TrainConfig(max_grad_norm=0.5))
-    engine.backward(engine(batch(1))[0], last=True)
+    engine.backward(engine(batch(1)).sum, last=True)
     norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
     seen = {}
     step = engine.optimizer.step
