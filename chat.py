@@ -61,9 +61,10 @@ def main(config: ChatConfig) -> None:
     # Imported here, so that --help and such errors need not wait for torch. What it brings stays, and each collection
     # of garbage would walk all of it: a seventh of the time to the first token.
     gc.disable()
-    from minigpt.data.prompts import Template, get_template, template_of
+    from minigpt.data.prompts import Template
     from minigpt.data.tokenizer import Tokenizer
     from minigpt.inference.chat import Chat
+    from minigpt.inference.model_folder import ModelFolder
     from minigpt.inference.packed import load_for_generation, use_huge_pages
     from minigpt.model.base import CausalLM
 
@@ -72,16 +73,15 @@ def main(config: ChatConfig) -> None:
     use_huge_pages()
 
     def load(name: str, revision: str | None = None) -> tuple[CausalLM, Tokenizer, Template]:
+        folder = ModelFolder(name, revision, config.tokenizer_name)
         model, tokenizer = load_for_generation(
-            name,
-            revision,
+            folder,
             device=pick_device(config.device),
-            tokenizer_name=config.tokenizer_name,
             quantize="bf16" if config.bf16 else config.quantize,
             batched=config.serve,
             on_note=lambda note: print(note, file=sys.stderr),
         )
-        template = get_template(config.template or template_of(name, revision), **config.triggers)
+        template = folder.template(config)
         if config.stop_blank_line:
             template = replace(template, stop=(*template.stop, "\n\n"))
         return model, tokenizer, template

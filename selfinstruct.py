@@ -84,15 +84,11 @@ def make_generator(config: SelfInstructConfig) -> Generator:
 
 
 def load_model(config: SelfInstructConfig) -> LocalGenerator:
+    from minigpt.inference.model_folder import ModelFolder
     from minigpt.inference.packed import load_for_generation
 
-    model, tokenizer = load_for_generation(
-        str(config.model_name_or_path),
-        config.revision,
-        device=pick_device(config.device),
-        tokenizer_name=config.tokenizer_name,
-        quantize=config.quantize,
-    )
+    folder = ModelFolder.of(config)
+    model, tokenizer = load_for_generation(folder, device=pick_device(config.device), quantize=config.quantize)
     return LocalGenerator(model, tokenizer)
 
 

@@ -60,14 +60,12 @@ def main(config: SFTConfig) -> None:
     # Imported here, so that --help and such errors need not wait for torch.
     from minigpt.data.encode import Encoding
     from minigpt.data.preview import show_examples
-    from minigpt.data.prompts import get_template, template_of
     from minigpt.data.splits import read_conversations, read_text, split_conversations
     from minigpt.data.store import TokenBlocks
-    from minigpt.data.tokenizer import Tokenizer
     from minigpt.evaluation.judge import Judge
     from minigpt.evaluation.predict import predict_file, show_answers
+    from minigpt.inference.model_folder import ModelFolder
     from minigpt.inference.packed import lighten
-    from minigpt.model.families import load_config, load_model
     from minigpt.training.engines.torch_engine import check_engine, make_engine
     from minigpt.training.loop import evaluate, train
     from minigpt.training.out_of_memory import explain_out_of_memory
@@ -78,13 +76,9 @@ def main(config: SFTConfig) -> None:
     from minigpt.training.run.result import perplexity
 
     # ---- what the model's folder says
-    revision, device = config.revision, pick_device(config.device)
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name, None if config.tokenizer_name else revision)
-    changes = {**config.config_changes, "bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
-    model_config = load_config(name, revision, **changes)
-    model_config.check_vocabulary(tokenizer.vocab_size)
-    to_tune = not (config.predict or config.eval_only)
-    template = get_template(config.template or template_of(name, revision, to_tune=to_tune), **config.triggers)
+    source, device = ModelFolder.of(config, **config.config_changes), pick_device(config.device)
+    tokenizer, model_config = source.tokenizer, source.config
+    template = source.template(config, to_tune=not (config.predict or config.eval_only))
     max_seq_length = config.max_seq_length or model_config.context
     model_config.check_length("--max_seq_length", max_seq_length)
     max_new_tokens = min(config.max_new_tokens, model_config.context // 2)
@@ -100,10 +94,10 @@ def main(config: SFTConfig) -> None:
             predict_file(
                 config.predict,
                 Path(config.output_dir or "runs/sft"),
-                lighten(load_model(name, revision, device=device), lighter),
+                lighten(source.load_model(device), lighter),
                 tokenizer,
                 template,
-                name=(f"{name}@{revision}" if revision else name) + (f" in {lighter}" if lighter else ""),
+                name=(f"{name}@{config.revision}" if config.revision else name) + (f" in {lighter}" if lighter else ""),
                 max_new_tokens=max_new_tokens,
                 batch_size=config.per_device_eval_batch_size,
                 skip_bad_records=config.skip_bad_records,
@@ -121,7 +115,7 @@ def main(config: SFTConfig) -> None:
     if config.eval_only:
         data = read_conversations(config, config.data, encoding)
         fit_to_machine(config, device)
-        with closing(make_engine(load_model(name, revision, device=device), config)) as engine:
+        with closing(make_engine(source.load_model(device), config)) as engine:
             loss = evaluate(engine, data, config.per_device_eval_batch_size)
         if not math.isfinite(loss):
             raise ValueError(f"{name}: the loss is {loss}: the weights are broken")
@@ -143,7 +137,7 @@ def main(config: SFTConfig) -> None:
             return
 
         # ---- model and training
-        model = load_model(name, revision, device=device, **changes)
+        model = source.load_model(device)
         print0(f"{name}: {model.num_parameters():,} parameters; template {template.name}")
         learnt = f"Instruction-tuned on {', '.join(Path(p).name for p in config.data)}."
         with (

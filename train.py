@@ -50,7 +50,8 @@ def main(config: PretrainConfig) -> None:
     from minigpt.data.splits import split_text
     from minigpt.data.tokenizer import GPT2, Tokenizer
     from minigpt.evaluation.predict import show_text
-    from minigpt.model.families import load_config, load_model, model_from_config
+    from minigpt.inference.model_folder import ModelFolder
+    from minigpt.model.families import load_config, model_from_config
     from minigpt.model.gpt2 import GPTConfig
     from minigpt.training.engines.torch_engine import check_engine, make_engine
     from minigpt.training.loop import train
@@ -68,14 +69,12 @@ def main(config: PretrainConfig) -> None:
             model_config = load_config(shape, config.revision, **config.config_changes)
         else:
             model_config = GPTConfig.preset(shape, **config.config_changes)
-    revision = config.revision if name and not config.tokenizer_name else None  # which is the model's
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or name or GPT2, revision)
-    changes = {**config.config_changes, "bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
-    if name:
-        model_config = load_config(name, config.revision, **changes)
-        model_config.check_vocabulary(tokenizer.vocab_size)
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer_name or GPT2)
+        ends = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+        model_config = replace(model_config, vocab_size=tokenizer.vocab_size, **ends)
     else:
-        model_config = replace(model_config, vocab_size=tokenizer.vocab_size, **changes)
+        source = ModelFolder.of(config, **config.config_changes)
+        tokenizer, model_config = source.tokenizer, source.config
     block_size = config.block_size or model_config.context
     model_config.check_length("--block_size", block_size)
 
@@ -92,8 +91,7 @@ def main(config: PretrainConfig) -> None:
 
         # ---- model and training
         torch.manual_seed(config.seed)
-        model = load_model(name, config.revision, **changes) if name else model_from_config(model_config)
-        model = model.to(device)
+        model = source.load_model(device) if name else model_from_config(model_config).to(device)
         print0(f"{name or config.config_name}: {model.num_parameters():,} parameters; {len(train_data):,} blocks")
         learnt = f"Trained on the text of {', '.join(Path(p).name for p in config.data)}."
         with (

@@ -32,6 +32,7 @@ from minigpt.inference.kernels import (
     has_fp16_product,
     int8_levels,
 )
+from minigpt.inference.model_folder import ModelFolder
 from minigpt.model.base import CausalLM
 from minigpt.model.families import load_model
 from minigpt.model.weights import SkipInit
@@ -126,32 +127,28 @@ def _kernel(weight: Tensor, quantize: str | None, batched: bool) -> tuple[Kernel
 
 
 def load_for_generation(
-    name_or_folder: str,
-    revision: str | None = None,
+    folder: ModelFolder,
     *,
     device: str | torch.device,
-    tokenizer_name: str | None = None,
     quantize: str | None = None,
     batched: bool = True,
     on_note: Callable[[str], None] | None = None,
 ) -> tuple[CausalLM, Tokenizer]:
-    """A checkpoint and its tokenizer, ready to answer: what chat, prediction and self-instruct open.
+    """A model packed for generation, and its tokenizer.
 
     Args:
-        tokenizer_name: another tokenizer than the checkpoint's.
         quantize: as in `for_generation`; or "bf16".
         batched: as in `for_generation`.
-        on_note: is told what lighter weights cost, which takes a measurement: the perplexity, see `with_loss`, and how
-            much slower bf16 is where it is emulated.
+        on_note: called with the measured cost of quantized weights in perplexity (see `with_loss`), and with a warning if
+            bf16 is emulated.
 
     Raises:
-        FileNotFoundError, ValueError: those of `load_model` and `Tokenizer.from_pretrained`; the tokenizer has
-            ids that the model does not have.
+        FileNotFoundError, ValueError: those of `ModelFolder`; the tokenizer has ids that the model does not have.
     """
-    model = load_model(name_or_folder, revision, device=device)
+    model = load_model(folder.name, folder.revision, device=device)
     with ThreadPoolExecutor() as pool:  # the weights are packed while the vocabulary is read
         packed = None if quantize and on_note else pool.submit(lighten, model, quantize, batched)
-        tokenizer = Tokenizer.from_pretrained(tokenizer_name or name_or_folder, None if tokenizer_name else revision)
+        tokenizer = folder.tokenizer
     model.config.check_vocabulary(tokenizer.vocab_size)
     if packed:
         return packed.result(), tokenizer
