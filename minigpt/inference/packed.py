@@ -139,7 +139,7 @@ def load_for_generation(
     Args:
         quantize: as in `for_generation`; or "bf16".
         batched: as in `for_generation`.
-        on_note: called with the measured cost of quantized weights in perplexity (see `with_loss`), and with a warning if
+        on_note: called with the measured cost of quantized weights in perplexity, see `with_loss`, and a warning if
             bf16 is emulated.
 
     Raises:
