@@ -65,7 +65,9 @@ def bootstrap(config: SelfInstructConfig) -> None:
             if isinstance(generator, Ranks):
                 generator.close()
     except KeyboardInterrupt:
-        print(f"\n{folder}: interrupted; every finished round is kept, and the same command goes on", file=sys.stderr)
+        print(
+            f"\n{folder}: interrupted; every finished round is saved; run the same command to resume", file=sys.stderr
+        )
         sys.exit(75)
     if statistics.kept:
         model = config.model_name_or_path or "openai-community/gpt2"

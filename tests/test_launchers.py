@@ -123,12 +123,12 @@ def test_ctrl_c_then_the_runs_own_configuration_goes_on(work):
     steps = steps_of(work, "runs/c")
     assert (process.returncode, err) == (75, "\nSIGINT: the step will be finished and saved, then this run ends\n")
     saved = f"runs/c/checkpoints/step-{steps}"
-    assert out.splitlines()[-1] == f"{saved}: saved; --resume auto goes on from it"
+    assert out.splitlines()[-1] == f"{saved}: saved; --resume auto resumes from it"
     told = json.loads((work.folder / "runs/c/preempted.json").read_text())
     assert told == {"checkpoint": saved, "signal": "SIGINT", "exit_code": 75}
 
     out = work.good("sft.py", "--config", "runs/c/config.yaml", "--resume", "latest", "--max_steps", steps + 5)
-    assert f"{saved}: going on after step {steps} of {steps + 5}" in out.splitlines()
+    assert f"{saved}: resuming after step {steps} of {steps + 5}" in out.splitlines()
     assert [line["step"] for line in work.metrics("runs/c")] == list(range(1, steps + 6))
     assert not (work.folder / "runs/c/preempted.json").exists()
 
@@ -192,7 +192,7 @@ def test_sigterm_to_torchrun_itself(work):
     with started(work, TORCHRUN, "sft.py", *settings("runs/all", max_steps=steps + 2, resume="auto")) as process:
         out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
-    assert f"going on after step {steps} of {steps + 2}" in out
+    assert f"resuming after step {steps} of {steps + 2}" in out
     assert [line["step"] for line in work.metrics("runs/all")] == list(range(1, steps + 3))
 
 

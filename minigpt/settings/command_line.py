@@ -99,7 +99,7 @@ def in_one_line(error: Exception) -> str:
         asked = f" ({wanted[1]} more were asked for)" if wanted else ""
         return f"out of memory{asked}: a smaller model, smaller batches or shorter texts take less"
     if isinstance(error, RuntimeError) and ("gloo" in message or "NCCL" in message):
-        return "another rank is gone; what it said, if anything, says why (training goes on with --resume auto)"
+        return "another rank is gone; what it said, if anything, says why (resume with --resume auto)"
     if message and isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, OtherRankFailed)):
         return message
     return f"{type(error).__name__}: {message or 'no message'} (--debug shows the traceback)"

@@ -247,7 +247,7 @@ class TrainConfig:
         if self.precision not in (None, "auto"):  # from here on, bf16 and fp16 tell
             self.fp16, self.bf16, self.precision = self.precision == "fp16", self.precision == "bf16", None
         if self.resume and self.overwrite_output_dir:
-            raise ValueError("--resume goes on with a run, --overwrite_output_dir ends it: give one")
+            raise ValueError("--resume continues a run, --overwrite_output_dir deletes it: give one")
         check_range(
             self,
             "at least 1",

@@ -4,7 +4,7 @@ model.safetensors      the fp32 weights, in Hugging Face's layout, with config.j
 optimizer.safetensors  Adam's moments in fp32: "exp_avg.h.0.attn.c_attn.weight", "exp_avg_sq.h.0.attn.c_attn.weight"
 engine.json            which engine wrote it, in a world of which size, and Adam's count of steps
 
-Names and layouts are the module's own, and whole, however many ranks held parts of them: so a run goes on with
+Names and layouts are the module's own, with full tensors gathered from all ranks: so a run can resume with
 another number of ranks, another ZeRO stage or the other engine.
 """
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints to go on from, and a folder that the rest of the ecosystem opens.
+"""Checkpoints to resume from, and the exported folder that other tools open.
 
     checkpoints/step-40/
       model.safetensors, optimizer.safetensors, ...   the engine's state (minigpt/training/engines/state.py)
@@ -6,8 +6,9 @@
       trainer.json                                    the loop's counters: where in the data it is
       manifest.json                                   every file with its sha256
 
-A checkpoint is complete or absent: it is written into step-40.tmp, brought to the disk, and renamed at the end. What
-has a manifest was committed; what ends in .tmp never was, or is on its way out, and is removed by the next start.
+A checkpoint is complete or absent: it is written to step-40.tmp, flushed to disk (fsync), and renamed at the end. A
+folder with a manifest is a committed checkpoint; *.tmp is an unfinished write or a deletion in progress, and is removed
+by the next start.
 """
 
 import hashlib
@@ -38,10 +39,10 @@ def save_checkpoint(run: Path, step: int, engine: Engine, progress: dict[str, An
     """Writes `run/checkpoints/step-N`, then removes all but the newest `keep`. Every rank calls.
 
     Args:
-        progress: what `load_checkpoint` shall give back, as JSON.
+        progress: JSON that `load_checkpoint` returns.
 
     Raises:
-        OSError: it cannot be written; the checkpoints before it stand, and the message names the bytes it needs.
+        OSError: it cannot be written; earlier checkpoints are kept, and the message names the bytes needed.
     """
     folder = run / CHECKPOINTS / f"step-{step}"
     temporary = folder.with_name(folder.name + UNFINISHED)
@@ -133,7 +134,7 @@ def find_checkpoint(run: Path, resume: str | None) -> Path | None:
         return found[-1] if found else None
     path = Path(resume)
     if (path / CHECKPOINTS).is_dir():
-        raise FileNotFoundError(f"{path}: a run, not a checkpoint: --output_dir {path} --resume latest goes on with it")
+        raise FileNotFoundError(f"{path}: a run, not a checkpoint: --output_dir {path} --resume latest resumes it")
     if not (path / MANIFEST).exists() or path.name.endswith(UNFINISHED):
         known = f"; there are {', '.join(str(p) for p in found)}" if found else ""
         raise FileNotFoundError(f"{path}: no checkpoint, which has a {MANIFEST}{known} (--resume PATH|latest|auto)")

@@ -1,13 +1,13 @@
-"""The run folder: claimed by one process, and what lies in it.
+"""The run folder: locked by one process, with these files.
 
 config.yaml     the resolved configuration; `--config` on it repeats the run
 metrics.jsonl   one JSON object per optimizer step
 loss.png        drawn from it
-checkpoints/    what --resume goes on from
-preempted.json  left by a run that was asked to end, and was saved
-export/         the last step's weights and everything that goes with them
-export-best/    the lowest validation loss, where it is not the last
-.lock           held by the operating system while the run lives; a killed run leaves nothing to clean
+checkpoints/    for --resume
+preempted.json  written if the run was interrupted after saving a checkpoint
+export/         the last step's weights, with tokenizer, template and model card
+export-best/    the weights with the lowest validation loss, if those are not the last
+.lock           an OS file lock, released when the process ends, so a killed run needs no cleanup
 """
 
 import json
@@ -31,9 +31,9 @@ OTHER = "give another --output_dir"
 
 @contextmanager
 def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
-    """Claims `config.output_dir` (set to `default` where it is unset) for this process.
+    """Locks `config.output_dir` (set to `default` if unset) for this process.
 
-    Nothing is lost or written before `start_run`, and a run that fails before its first step leaves no trace of one.
+    Nothing is deleted or written before `start_run`, and a run that fails before its first step leaves no run files.
 
     Raises:
         FileExistsError: another run is writing into the folder, or what `start_run` refuses.
@@ -45,13 +45,15 @@ def run_folder(config: TrainConfig, default: str) -> Iterator[Path]:
         return
     with writing_to(folder, "--output_dir"), _lock_file(folder) as lock:
         lock_folder(folder, lock, OTHER)
-        remove(folder / PREEMPTED)  # an earlier start's: whoever looks shall see this one's
-        if not is_resume_of(folder, find_checkpoint(folder, config.resume)):  # refused now, not after the data was read
+        remove(folder / PREEMPTED)  # of an earlier start
+        if not is_resume_of(folder, find_checkpoint(folder, config.resume)):  # fail now, not after reading the data
             _held(folder, config)
         try:
             yield folder
         except BaseException:
-            if not _stepped(folder / METRICS):  # no memory, say: the same command, mended, need not be forced
+            if not _stepped(
+                folder / METRICS
+            ):  # e.g. out of memory: the corrected command must not need --overwrite_output_dir
                 remove(folder / CONFIG)
                 remove(folder / METRICS)
             raise
@@ -63,8 +65,8 @@ def _lock_file(folder: Path) -> IO[str]:
 
 
 def start_run(config: TrainConfig, folder: Path, resumed_from: Path | None = None, metrics_bytes: int = 0) -> None:
-    """Writes config.yaml, where an earlier run's files lay; or, in a run that goes on, cuts what it had written past
-    its checkpoint.
+    """Prepares the folder: a new run deletes an earlier run's files; a resumed run truncates metrics.jsonl to its
+    checkpoint. Then writes config.yaml.
 
     Args:
         resumed_from: a checkpoint, of this folder's run or of another one, whose metrics are then copied.
@@ -81,7 +83,7 @@ def start_run(config: TrainConfig, folder: Path, resumed_from: Path | None = Non
         for name in held:
             remove(folder / name)
     elif config.save_total_limit:
-        keep_newest(folder, config.save_total_limit)  # room for the next one
+        keep_newest(folder, config.save_total_limit)  # frees disk space for the next one
     if resumed_from is not None:
         history = resumed_from.parent.parent / METRICS
         lines = history.read_bytes()[:metrics_bytes] if history.exists() else b""
@@ -89,13 +91,13 @@ def start_run(config: TrainConfig, folder: Path, resumed_from: Path | None = Non
             path.write_bytes(lines)
     remove(folder / LOSS_PICTURE)
     remove_unfinished(folder)
-    # How this start came about is not the run's.
+    # How this process was started does not belong to the run's configuration.
     save_yaml(replace(config, resume=None, overwrite_output_dir=False), folder / CONFIG)
 
 
 def write_preempted_marker(folder: Path, checkpoint: Path, signal: str | None) -> None:
-    """Tells whoever looks at the folder, because torchrun turns every exit code into 1."""
-    print0(f"{checkpoint}: saved; --resume auto goes on from it")
+    """Writes preempted.json for job scripts to check, because torchrun turns every exit code into 1."""
+    print0(f"{checkpoint}: saved; --resume auto resumes from it")
     if is_main():
         content = {"checkpoint": str(checkpoint), "signal": signal or "on another rank", "exit_code": EXIT_CODE}
         with whole_file(folder / PREEMPTED) as path:
@@ -103,19 +105,21 @@ def write_preempted_marker(folder: Path, checkpoint: Path, signal: str | None) -
 
 
 def is_resume_of(folder: Path, checkpoint: Path | None) -> bool:
-    """Whether the checkpoint is one of this folder's own run."""
+    """Whether the checkpoint belongs to this folder's run, not to another one."""
     return checkpoint is not None and checkpoint.resolve().parent.parent == folder.resolve()
 
 
 def _held(folder: Path, config: TrainConfig) -> list[str]:
-    """What a run that starts anew would replace."""
+    """The files that a new run would replace."""
     names = (CONFIG, METRICS, CHECKPOINTS, EXPORT, EXPORT_BEST)
     held = [name for name in names if (folder / name).exists()]
     if CHECKPOINTS in held and not any((folder / CHECKPOINTS).iterdir()):
         held.remove(CHECKPOINTS)
-    killed_early = config.resume == "auto" and EXPORT not in held  # before its first checkpoint, or it would go on
+    killed_early = (
+        config.resume == "auto" and EXPORT not in held
+    )  # killed before its first checkpoint, else it would resume
     if held and not config.overwrite_output_dir and not killed_early:
-        hint = "--resume latest goes on from its checkpoint" if CHECKPOINTS in held else OTHER
+        hint = "--resume latest resumes from its checkpoint" if CHECKPOINTS in held else OTHER
         raise FileExistsError(f"{folder}: holds a run ({', '.join(held)}); {hint}, or --overwrite_output_dir")
     sources = [Path(value).resolve() for value in vars(config).values() if isinstance(value, str)]
     for name in held:
@@ -125,5 +129,5 @@ def _held(folder: Path, config: TrainConfig) -> list[str]:
 
 
 def _stepped(metrics: Path) -> bool:
-    """Whether the run came as far as a step."""
+    """Whether the run has logged a step."""
     return metrics.exists() and metrics.stat().st_size > 0

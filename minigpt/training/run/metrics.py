@@ -1,4 +1,4 @@
-"""What a run tells: a line or a bar while it runs, `metrics.jsonl` for every step, `loss.png` of the whole."""
+"""A run's output: progress line or bar, `metrics.jsonl` with every step, and `loss.png`."""
 
 import contextlib
 import json
@@ -14,16 +14,16 @@ from minigpt.distributed import clock, is_main, print0, progress_bar
 from minigpt.training.run.folder import LOSS_PICTURE, METRICS
 from minigpt.training.run.trackers import Reports, numbers_of
 
-TIMED_STEPS = 200  # the newest, of which the median is the time of a step
+TIMED_STEPS = 200  # most recent steps whose median estimates the time of a step
 FIRST_ESTIMATE = 5.0  # seconds of steps after which a line with the time left is printed, even if none is due
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's own time left counts pauses
 PICTURE_SECONDS = 10.0  # a run draws loss.png at most this often: a drawing takes half a second
 
 
 class Metrics:
-    """Writes each step's numbers on rank 0, into `folder` if there is one. A context manager: the end draws.
+    """Writes each step's numbers on rank 0, into `folder` if given. A context manager, which draws loss.png at the end.
 
-    A run that goes on after `first_step` steps appends to what it wrote before. `reports` get the same numbers.
+    A run resumed after `first_step` steps appends to the existing file. `reports` get the same numbers.
     `eval_steps`: steps between evaluations, which the time left includes; None without evaluations.
     """
 
@@ -142,7 +142,9 @@ def losses_of(metrics: Path) -> list[float]:
         try:
             losses.append(_number(json.loads(line)["loss"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{metrics}:{number}: not a step's metrics; remove the file to go on without") from error
+            raise ValueError(
+                f"{metrics}:{number}: not a step's metrics; remove the file to resume without it"
+            ) from error
     return losses
 
 

@@ -102,7 +102,7 @@ def start_or_resume(
             result.best_val_loss = result.best_step = None  # export-best/ is in the other run's folder
         if result.steps > total_steps:
             raise ValueError(f"{checkpoint}: at step {result.steps:,} already, behind the {total_steps:,} of this run")
-        print0(f"{checkpoint}: going on after step {result.steps:,} of {total_steps:,}")
+        print0(f"{checkpoint}: resuming after step {result.steps:,} of {total_steps:,}")
         for name, value in recipe(config).items():
             if progress["recipe"][name] != value:
                 print0(f"{checkpoint}: --{name} {progress['recipe'][name]} then, {value} now")
@@ -120,7 +120,7 @@ def _check_order(checkpoint: Path, saved: dict[str, Any], order: dict[str, Any])
     for name, what in ORDER.items():
         if saved[name] != order[name]:
             values = f" ({saved[name]} then, {order[name]} now)" if name not in ("data", "validation") else ""
-            raise ValueError(f"{checkpoint}: cannot go on from it, because {what} changed{values}: set it back")
+            raise ValueError(f"{checkpoint}: cannot resume from it, because {what} changed{values}: set it back")
 
 
 def _fingerprint(lengths: np.ndarray, *datasets: Sequence[Any]) -> str:

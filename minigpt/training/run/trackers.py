@@ -28,7 +28,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run folder's `tensorboard/`. A run that goes on hides what it wrote past its checkpoint."""
+    """Event files in the run folder's `tensorboard/`. A resumed run hides what was written after its checkpoint."""
 
     def __init__(self, config: TrainConfig, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -52,7 +52,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of wandb's, in the run folder's `wandb/`; a run that goes on is the same one there.
+    """A run of wandb's, in the run folder's `wandb/`; a resumed run continues the same wandb run.
 
     wandb's own environment counts: `WANDB_PROJECT`, `WANDB_MODE=offline`, `WANDB_API_KEY`, ...
     """

@@ -282,7 +282,7 @@ def test_a_folder_with_checkpoints_says_how_to_go_on(tmp_path):
         pass
     assert str(caught.value) == (
         f"{tmp_path}: holds a run (config.yaml, metrics.jsonl, checkpoints, export); "
-        "--resume latest goes on from its checkpoint, or --overwrite_output_dir"
+        "--resume latest resumes from its checkpoint, or --overwrite_output_dir"
     )
     with begun(config(tmp_path, overwrite_output_dir=True), "unused"):
         assert contents(tmp_path) == [".lock", "config.yaml"]

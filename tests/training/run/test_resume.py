@@ -232,7 +232,7 @@ def test_a_branch_takes_no_other_runs_place(kinds, tmp_path):
     on_ranks(1, small_run, other, {"max_steps": 3})
     assert refused(other, {"resume": str(newest)}) == (
         f"FileExistsError: {other}: holds a run (config.yaml, metrics.jsonl, checkpoints, export); "
-        "--resume latest goes on from its checkpoint, or --overwrite_output_dir"
+        "--resume latest resumes from its checkpoint, or --overwrite_output_dir"
     )
 
 
@@ -265,7 +265,7 @@ def test_a_branch_keeps_the_best_of_its_own(tmp_path):
 def test_another_seed_batch_or_data_is_refused_by_name(tmp_path):
     run = tmp_path / "run"
     on_ranks(1, small_run, run, {"max_steps": 3})
-    refusal = f"ValueError: {run / 'checkpoints' / 'step-3'}: cannot go on from it, because "
+    refusal = f"ValueError: {run / 'checkpoints' / 'step-3'}: cannot resume from it, because "
     go_on = {"resume": "latest", "max_steps": 6}
     assert refused(run, {**go_on, "seed": 7}) == refusal + "--seed changed (42 then, 7 now): set it back"
     assert refused(run, {**go_on, "gradient_accumulation_steps": 3}) == (
@@ -322,7 +322,7 @@ def test_a_finished_run_goes_on_to_more_steps(kinds, tmp_path):
 
 
 def test_resuming_and_overwriting_exclude_each_other():
-    with pytest.raises(ValueError, match="--resume goes on with a run, --overwrite_output_dir ends it: give one"):
+    with pytest.raises(ValueError, match="--resume continues a run, --overwrite_output_dir deletes it: give one"):
         TrainConfig(resume="auto", overwrite_output_dir=True)
 
 
