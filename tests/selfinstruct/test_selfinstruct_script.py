@@ -166,7 +166,7 @@ def test_resume_after_sigterm(work, local):
         _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (
         75,
-        "\nterm: interrupted; every finished round is kept, and the same command goes on\n",
+        "\nterm: interrupted; every finished round is kept, and the same command resumes\n",
     )
     work.good(SCRIPT, *command)
     assert_same_files(work, "term")
