@@ -73,4 +73,4 @@ for name, weights in (("before", before), ("after", after)):
 assert torch.allclose(output, seen[0], atol=1e-5)  # by hand and by the model's fused kernel
 assert torch.allclose(after.sum(-1), torch.ones(T)) and bool((after.triu(1) == 0).all())
 assert says[PERIOD - 1 :].equal(row[PERIOD:]) and float(after.diagonal(1 - PERIOD).min()) > 0.5
-print("\n=> Each row is a distribution over the past; training moved it five back.")
+print("\n=> Each row is a distribution over the past; after training it peaks five back.")
