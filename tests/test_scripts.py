@@ -292,7 +292,7 @@ def test_chat_says_what_lighter_weights_cost(work, tuned, lighter):
         ("chat.py", "--model_name_or_path model --top_p 0", 2, "--top_p must be above 0 and at most 1, got 0.0"),
         ("chat.py", "--model_name_or_path model --temperature -1", 2, "--temperature must be at least 0 and finite"),
         ("chat.py", "--model_name_or_path model --quantize int4", 2, "--quantize: expected one of int8, fp16, got"),
-        ("chat.py", "--model_name_or_path model --quantize int8 --bf16", 2, "--quantize and --bf16 are two ways"),
+        ("chat.py", "--model_name_or_path model --quantize int8 --bf16", 2, "--quantize and --bf16 are alternatives"),
         ("sft.py", "--model_name_or_path model --data train.json --quantize int8", 2, "--quantize needs --predict"),
         (
             "selfinstruct.py",
