@@ -1,12 +1,12 @@
-"""Talk to a model: streamed answers, in a terminal or to one prompt.
+"""Chat with a model: in the terminal, one prompt, piped input, or an OpenAI-compatible server.
 
     python chat.py --model_name_or_path runs/sft/export
     python chat.py --model_name_or_path runs/sft/export --prompt "What is the capital of China?"
     python chat.py --model_name_or_path runs/sft/export < questions.txt > answers.txt
     python chat.py --model_name_or_path runs/sft/export --serve
 
-Read on in minigpt/inference/chat.py (what the model is asked), minigpt/inference/generate.py (how it answers) and
-minigpt/inference/terminal.py (the commands), or minigpt/serving/ (the server).
+See minigpt/inference/chat.py (the prompt), minigpt/inference/generate.py (generation) and minigpt/inference/terminal.py
+(the commands), or minigpt/serving/ (the server).
 """
 
 import gc
@@ -29,37 +29,37 @@ from minigpt.settings.groups import (
 
 @dataclass
 class ChatConfig(SamplingArguments, ModelArguments, PromptArguments, QuantizeArguments, ServeArguments):
-    """Talk to a GPT-2."""
+    """Chat with a GPT-2."""
 
     prompt: str | None = None
-    """Answer this and leave. Unset: a conversation, until an empty line or the end of input."""
+    """Answer this prompt and exit. Unset: a conversation, until an empty line or the end of input."""
     input: str | None = None
-    """Context that goes with prompt, in the template's input block."""
+    """Context of prompt, for the template's input block."""
     system: str | None = None
-    """System text at the beginning of the conversation."""
+    """System prompt, at the beginning of the conversation."""
     stop_blank_line: bool = False
-    """End an answer at its first blank line, for models that were trained without an end-of-text token."""
+    """End an answer at its first blank line, for models trained without an end-of-text token."""
     bf16: bool = False
-    """Weights in bfloat16: half of their memory, faster where it is built in. Its cost in perplexity is shown, as that
-    of quantize is."""
+    """Weights in bfloat16: half the memory, and faster on CPUs with bf16 instructions. The cost in perplexity is
+    printed, as with quantize."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ServeArguments.__post_init__(self)
         if self.serve and self.prompt is not None:
-            raise ValueError("--serve and --prompt are two ways to ask: give one")
+            raise ValueError("--serve and --prompt are alternatives: give one")
         if self.quantize and self.bf16:
-            raise ValueError("--quantize and --bf16 are two ways to lighten the weights: give one")
+            raise ValueError("--quantize and --bf16 are alternatives: give one")
         if self.input and not self.prompt:
-            raise ValueError("--input goes with --prompt")
+            raise ValueError("--input needs --prompt")
 
 
 def main(config: ChatConfig) -> None:
     if world_size() > 1:
         raise ValueError("a chat needs one process alone: start it with python")
     name = require(config, "model_name_or_path", "a folder or a hub id, such as runs/sft/export")
-    # Imported here, so that --help and such errors need not wait for torch. What it brings stays, and each collection
-    # of garbage would walk all of it: a seventh of the time to the first token.
+    # Imported here, so that --help and argument errors do not wait for torch. The collector is off during the imports,
+    # and gc.freeze excludes their objects from later collections: a seventh of the time to the first token.
     gc.disable()
     from minigpt.data.prompts import Template
     from minigpt.data.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def main(config: ChatConfig) -> None:
         except ModuleNotFoundError as error:
             raise ImportError(f"--serve needs {error.name} (pip install -c constraints.txt -e '.[serve]')") from None
         builder = RequestBuilder(*load(name, config.revision), asdict(sampling), config.system)
-        public_name = Path(name).name if Path(name).is_absolute() else name  # clients need not know where it lies
+        public_name = Path(name).name if Path(name).is_absolute() else name  # do not show clients a local path
         with explained_if_out_of_memory(
             f"a smaller --max_batch_size (now {config.max_batch_size}) needs a smaller cache"
         ):

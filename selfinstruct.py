@@ -1,10 +1,10 @@
-"""Self-instruct: a model, or a server, writes instruction data from a few tasks that people wrote.
+"""Self-instruct: generate instruction data with a model or a server, starting from a few human-written seed tasks.
 
     python selfinstruct.py --model_name_or_path openai-community/gpt2 --batch_dir runs/tasks
     python sft.py --model_name_or_path openai-community/gpt2 --data runs/tasks/machine_generated_instructions.jsonl
 
-Read on in minigpt/selfinstruct/bootstrap.py (the rounds), minigpt/selfinstruct/request.py (what is asked and read) and
-minigpt/selfinstruct/filters.py (what is dropped); minigpt/selfinstruct/curation/curate.py for --curate.
+See minigpt/selfinstruct/bootstrap.py (the rounds), minigpt/selfinstruct/request.py (prompts and parsing) and
+minigpt/selfinstruct/filters.py (the filters); minigpt/selfinstruct/curation/curate.py for --curate.
 """
 
 import signal
@@ -25,15 +25,15 @@ from minigpt.settings.groups import ModelArguments, QuantizeArguments, require
 
 @dataclass
 class SelfInstructConfig(RunArguments, CurationArguments, ModelArguments, QuantizeArguments, EndpointArguments):
-    """Let a model write its own instruction data."""
+    """Generate instruction data with a model or a server."""
 
     def __post_init__(self) -> None:
         for part in (RunArguments, CurationArguments, EndpointArguments):
             part.__post_init__(self)
         if self.api_base and self.model_name_or_path:
-            raise ValueError("--model_name_or_path and --api_base are two places to ask: give one")
+            raise ValueError("--model_name_or_path and --api_base are alternatives: give one")
         if self.api_base and self.quantize:
-            raise ValueError("--quantize goes with --model_name_or_path: how a server computes is its own affair")
+            raise ValueError("--quantize needs --model_name_or_path: it does not apply to a server")
 
 
 def main(config: SelfInstructConfig) -> None:
@@ -45,17 +45,17 @@ def main(config: SelfInstructConfig) -> None:
         curate(config)
     elif is_main():
         bootstrap(config)
-    else:  # it holds nothing, and rank 0 tells what happens
+    else:  # the other ranks have no state to save, and rank 0 prints
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         Ranks(load_model(config)).help()
 
 
 def bootstrap(config: SelfInstructConfig) -> None:
-    """The one process that draws, judges and writes; where there are others, they generate with it."""
+    """Runs on rank 0, which samples prompts, filters and writes; the other ranks only generate."""
     from minigpt.selfinstruct.report.write import write_report
 
     folder, seed_tasks = Path(config.batch_dir), read_seed_tasks(config.seed_tasks_path or SEED_TASKS)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing that is committed can be lost
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; finished rounds are already on disk
     try:
         with open_batch_dir(folder, config, seed_tasks) as files:
             generator = make_generator(config)
@@ -77,7 +77,7 @@ def bootstrap(config: SelfInstructConfig) -> None:
 
 
 def make_generator(config: SelfInstructConfig) -> Generator:
-    """The server; or the model, with those of the other ranks."""
+    """A client of the server, or the local model, on all ranks if there are several."""
     from minigpt.data.tokenizer import Tokenizer
 
     if config.api_base:
@@ -95,7 +95,7 @@ def load_model(config: SelfInstructConfig) -> LocalGenerator:
 
 
 def curate(config: SelfInstructConfig) -> None:
-    """Writes the tasks that stay, and those that went with the reason, beside the file."""
+    """Writes the kept tasks, and the dropped ones with the reason, next to the data file."""
     path, to = config.data or str(Path(config.batch_dir) / TASKS), config.output_dir
     if config.curate == "lint":
         from minigpt.selfinstruct.curation.lint import lint

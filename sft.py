@@ -1,9 +1,9 @@
-"""Supervised instruction tuning: conversations in, a model that answers out.
+"""Supervised fine-tuning (SFT): train a GPT-2 on instructions or conversations.
 
     python sft.py --model_name_or_path openai-community/gpt2 --data instruction-data.json
 
-Read on in minigpt/data/prompts.py (what the model sees), minigpt/data/splits.py (what is read, and held out),
-minigpt/data/collate.py (the shift, the mask) and minigpt/training/loop.py (the step).
+See minigpt/data/prompts.py (prompt templates), minigpt/data/splits.py (reading data and the validation split),
+minigpt/data/collate.py (the shift and the loss mask) and minigpt/training/loop.py (the training step).
 """
 
 import math
@@ -27,29 +27,29 @@ from minigpt.settings.groups import (
 
 @dataclass
 class SFTConfig(ModelArguments, DataArguments, PromptArguments, PredictArguments, QuantizeArguments, TrainConfig):
-    """Teach a GPT-2 to follow instructions."""
+    """Instruction-tune a GPT-2."""
 
     max_seq_length: int | None = None
-    """Longest example in tokens; a longer one is cut. Unset: the model's context."""
+    """Maximum length of an example in tokens; longer ones are truncated. Unset: the model's context."""
     train_on_prompt: bool = False
-    """Learn the whole text, and not the answers alone."""
+    """Compute the loss on the whole text instead of the answers only."""
     replay_data: list[str] = field(default_factory=list)
-    """Raw text of earlier training, mixed into every step against forgetting."""
+    """Raw text of earlier training, mixed into every step to prevent forgetting."""
     replay_ratio: float = 0.25
-    """Blocks of replay_data for each example of a step; at least one a step."""
+    """Blocks of replay_data per example in a step; at least one per step."""
     inspect: int = 0
-    """Print this many examples as the model will see them, and the statistics of data; then stop."""
+    """Print this many examples as the model will see them and the statistics of data, then exit."""
     eval_only: bool = False
-    """Take the loss on data; then stop."""
+    """Compute the loss on data, then exit."""
 
     def __post_init__(self) -> None:
         for part in (DataArguments, PredictArguments, TrainConfig):
             part.__post_init__(self)
         if self.quantize and (self.bf16 or not self.predict):
-            raise ValueError("--quantize goes with --predict, and without --bf16")
+            raise ValueError("--quantize needs --predict, and excludes --bf16")
         if self.predict and self.fp16:
             raise ValueError(
-                "--fp16 is of training; --predict answers in --precision fp32, bf16 or auto, or with --quantize fp16"
+                "--fp16 is for training; --predict runs in --precision fp32, bf16 or auto, or with --quantize fp16"
             )
         check_range(self, "at least 1", lambda x: x >= 1, "max_seq_length")
         check_range(self, "at least 0", lambda x: x >= 0, "replay_ratio", "inspect")
@@ -57,7 +57,7 @@ class SFTConfig(ModelArguments, DataArguments, PromptArguments, PredictArguments
 
 def main(config: SFTConfig) -> None:
     name = require(config, "model_name_or_path", "a folder or a hub id, such as openai-community/gpt2")
-    # Imported here, so that --help and such errors need not wait for torch.
+    # Imported here, so that --help and argument errors do not wait for torch.
     from minigpt.data.encode import Encoding
     from minigpt.data.preview import show_examples
     from minigpt.data.splits import read_conversations, read_text, split_conversations
@@ -75,7 +75,7 @@ def main(config: SFTConfig) -> None:
     from minigpt.training.run.folder import run_folder
     from minigpt.training.run.result import perplexity
 
-    # ---- what the model's folder says
+    # ---- tokenizer, model config and template
     source, device = ModelFolder.of(config, **config.config_changes), pick_device(config.device)
     tokenizer, model_config = source.tokenizer, source.config
     template = source.template(config, to_tune=not (config.predict or config.eval_only))
@@ -83,14 +83,14 @@ def main(config: SFTConfig) -> None:
     model_config.check_length("--max_seq_length", max_seq_length)
     max_new_tokens = min(config.max_new_tokens, model_config.context // 2)
 
-    # ---- without training: answers, a look at the data, or the loss on it
+    # ---- without training: predictions, a preview of the data, or the loss on it
     if config.predict:
         judge = Judge(config.judge_api_base or "", config.judge_model) if config.judge_model else None
-        config.deepspeed = None  # it is of training, and does not say in which precision to answer
+        config.deepspeed = None  # a setting of training; it must not decide the precision of predictions
         if config.bf16 or config.precision:
             fit_to_machine(config, device)
         lighter = config.quantize or ("bf16" if config.bf16 else None)
-        if is_main():  # one process answers
+        if is_main():  # rank 0 predicts alone
             predict_file(
                 config.predict,
                 Path(config.output_dir or "runs/sft"),

@@ -1,10 +1,10 @@
-"""Pretraining-style continuation: raw text in, a model that writes more of it out.
+"""Pretraining on raw text: continue from a pretrained model, or train from scratch.
 
     python train.py --model_name_or_path openai-community/gpt2 --data the-verdict.txt
     python train.py --config_name gpt2 --tokenizer_name openai-community/gpt2 --data corpus/
 
-Read on in minigpt/data/splits.py (what is read, and held out), minigpt/data/store.py (text as blocks of tokens) and
-minigpt/training/loop.py (the step).
+See minigpt/data/splits.py (reading data and the validation split), minigpt/data/store.py (text as blocks of tokens) and
+minigpt/training/loop.py (the training step).
 """
 
 from contextlib import closing
@@ -18,17 +18,17 @@ from minigpt.settings.groups import DataArguments, ModelArguments, TrainConfig, 
 
 @dataclass
 class PretrainConfig(ModelArguments, DataArguments, TrainConfig):
-    """Train a GPT-2 on raw text: continue from a model, or start from nothing."""
+    """Train a GPT-2 on raw text, from a pretrained model or from scratch."""
 
     config_name: str | None = None
-    """Start from nothing in this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub id that has a
-    config.json. The tokenizer is GPT-2's unless tokenizer_name says otherwise."""
+    """Train from scratch with this architecture: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub id with a
+    config.json. The tokenizer is GPT-2's unless tokenizer_name is set."""
     block_size: int | None = None
-    """Tokens the model reads at once. Unset: its context."""
+    """Block size: tokens per training sequence. Unset: the model's context."""
     stride: int | None = None
-    """Tokens from one block's beginning to the next one's. Unset: block_size, so blocks do not overlap."""
+    """Tokens from the start of one block to the start of the next. Unset: block_size, so blocks do not overlap."""
     sample_tokens: int = 40
-    """Length of the sample text shown at each evaluation; 0 shows none."""
+    """Length in tokens of the sample text shown at each evaluation; 0 shows none."""
 
     def __post_init__(self) -> None:
         for part in (DataArguments, TrainConfig):
@@ -43,7 +43,7 @@ class PretrainConfig(ModelArguments, DataArguments, TrainConfig):
 
 def main(config: PretrainConfig) -> None:
     require(config, "data", "a text file, a folder, a glob or hf://datasets/OWNER/NAME/FILE")
-    # Imported here, so that --help and such errors need not wait for torch.
+    # Imported here, so that --help and argument errors do not wait for torch.
     import torch
 
     from minigpt.data.prompts import get_template
@@ -61,9 +61,9 @@ def main(config: PretrainConfig) -> None:
     from minigpt.training.run.checkpoint import export, find_checkpoint
     from minigpt.training.run.folder import run_folder
 
-    # ---- tokenizer and shape
+    # ---- tokenizer and model config
     name = config.model_name_or_path
-    if not name:  # an unknown shape is told before the tokenizer is looked for
+    if not name:  # report an unknown shape before looking for the tokenizer
         shape = config.config_name or ""
         if "/" in shape or Path(shape).is_dir():
             model_config = load_config(shape, config.revision, **config.config_changes)

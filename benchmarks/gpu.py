@@ -226,7 +226,7 @@ def environment(machine: Machine) -> dict[str, str]:
 def error_in(output: str) -> str:
     """The first line with which a rank of our scripts ended; where all say that another is gone, that."""
     errors = re.findall(r"^(?:rank \d+: )?error: (.*)", output, re.MULTILINE)
-    own = [error for error in errors if not error.startswith("another rank is gone")]
+    own = [error for error in errors if not error.startswith("another rank exited")]
     return (own or errors or [""])[0]
 
 

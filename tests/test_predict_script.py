@@ -63,8 +63,8 @@ def test_a_deepspeed_file_does_not_say_how_to_answer(work):
     [
         ("--predict held.json --judge_model j", "--judge_api_base and --judge_model say where the judge is and who"),
         ("--data held.json --compare_with before", "--compare_with and --judge_model go with --predict"),
-        ("--predict held.json --fp16", "--fp16 is of training; --predict answers in --precision fp32, bf16 or auto"),
-        ("--predict held.json --precision fp16", "--fp16 is of training; --predict answers in --precision fp32"),
+        ("--predict held.json --fp16", "--fp16 is for training; --predict runs in --precision fp32, bf16 or auto"),
+        ("--predict held.json --precision fp16", "--fp16 is for training; --predict runs in --precision fp32"),
         ("--predict held.json --max_new_tokens 0", "--max_new_tokens must be at least 1, got 0"),
     ],
 )

@@ -1,13 +1,13 @@
-"""The demonstration's tasks: seeds for selfinstruct.py, and the lists that teach its model what a list of tasks is.
+"""The demo's tasks: seed tasks for selfinstruct.py, and task lists for pretraining.
 
-A real GPT-2 has read lists in plenty; a model that has read nothing but facts.py's corpus has not. So some of its raw
-text is lists of tasks, in the very form in which selfinstruct.py asks for more. They are about tuned facts alone: no
-seed and no list asks about a fact that is held out, or a control. `build(folder, seed)` writes
+The real GPT-2 has seen many lists; a model pretrained only on facts.py's corpus has not. So a part of the demo's raw
+text is lists of tasks in the prompt format of selfinstruct.py. They are about tuned facts only: no seed task and no
+list asks about a held-out or control fact. `build(folder, seed)` writes
 
-    seed_tasks.jsonl    the pool that the bootstrap starts from
-    task_lists.jsonl    the lists, a document each; no instruction of a seed stands in them
+    seed_tasks.jsonl    the seed tasks of the bootstrap
+    task_lists.jsonl    the lists, one per document; they contain no instruction of a seed task
 
-`told` and `is_right` judge what the model then writes: whether it is new, and whether it is true.
+`told` and `is_right` check whether a generated task is new and whether its answer is correct.
 """
 
 import json
@@ -21,8 +21,8 @@ from facts import KINDS, Fact, Split, read_facts, split_facts
 from minigpt.selfinstruct.request import TaskFormat
 from minigpt.selfinstruct.tasks import Task
 
-FORMAT = TaskFormat("io", output="Answer")  # short: the request and the answer have 80 tokens between them
-FRAMES = (  # beside the questions of each kind
+FORMAT = TaskFormat("io", output="Answer")  # short: prompt and answer share 80 tokens
+FRAMES = (  # in addition to the questions of each kind
     "Find {subject}.",
     "Write down {subject}.",
     "Look up {subject}.",
@@ -34,19 +34,19 @@ FRAMES = (  # beside the questions of each kind
     "I want {subject}.",
     "Remember {subject}.",
 )
-UNFRAMED = ("units", "sentiments")  # nobody looks up one minute
+UNFRAMED = ("units", "sentiments")  # the frames do not fit: "Look up one minute."
 SEEDS_PER_KIND = 2
 
 
 def phrasings(fact: Fact) -> list[str]:
-    """All instructions that ask for a fact here."""
+    """All instructions in the demo that ask for a fact."""
     questions = [question.format(key=fact.key) for question in fact.kind.questions]
     frames = () if fact.kind.name in UNFRAMED else FRAMES
     return questions + [frame.format(subject=fact.subject) for frame in frames]
 
 
 def seed_tasks(split: Split, seed: int) -> list[Task]:
-    """A few tasks about the tuned facts of each kind."""
+    """`SEEDS_PER_KIND` tasks about tuned facts of each kind."""
     rng = random.Random(f"seed tasks {seed}")
     tasks = []
     for kind in KINDS:
@@ -57,7 +57,7 @@ def seed_tasks(split: Split, seed: int) -> list[Task]:
 
 
 def task_lists(split: Split, seed: int) -> list[list[Task]]:
-    """Two or three tasks each, one about every tuned fact. None is a seed task."""
+    """Lists of two or three tasks, one task per tuned fact; none of them is a seed task."""
     rng = random.Random(f"task lists {seed}")
     taken = {task.instruction for task in seed_tasks(split, seed)}
     tasks = [_asked(fact, rng.choice([text for text in phrasings(fact) if text not in taken])) for fact in split.tuned]
@@ -75,7 +75,7 @@ def _asked(fact: Fact, instruction: str) -> Task:
 
 
 def list_text(tasks: list[Task]) -> str:
-    r"""A request with its answer: the list that a model leaves when it has written the last task and stops.
+    r"""A prompt with its completion: the finished list, after which the model stops.
 
     >>> print(list_text([Task("Say hi.", "", "Hi."), Task("Name the capital of Peru.", "", "Lima.")]))
     Write a list of diverse tasks, each with its Instruction and its Answer.
@@ -93,7 +93,7 @@ def list_text(tasks: list[Task]) -> str:
 
 
 def build(folder: Path, seed: int = 42) -> None:
-    """Writes seed_tasks.jsonl and task_lists.jsonl for the split of that seed; the same bytes for the same seed."""
+    """Writes seed_tasks.jsonl and task_lists.jsonl for the split of that seed; the same seed gives the same bytes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     split = split_facts(seed)
@@ -113,16 +113,16 @@ def build(folder: Path, seed: int = 42) -> None:
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
 
 
-# ---- what the model writes
+# ---- checks of generated tasks
 
 
 def words(text: str) -> str:
-    """The words of a text, by which two texts are compared: `What is 1 + 1?` -> ` what is 1 1 `."""
+    """Normalized words of a text, to compare texts by: `What is 1 + 1?` -> ` what is 1 1 `."""
     return " ".join(["", *re.findall(r"\w+", text.lower()), ""])
 
 
 def told(folder: Path) -> str:
-    """The words of all that the model was trained on or shown: an instruction that stands in them is not new."""
+    """The words of all training data and seed tasks; an instruction that is in them is not new."""
     folder = Path(folder)
     texts = [(folder / "corpus.txt").read_text(encoding="utf-8")]
     for name in ("task_lists", "seed_tasks"):
@@ -134,7 +134,7 @@ def told(folder: Path) -> str:
 
 
 def is_right(instruction: str, output: str) -> bool:
-    """Whether an instruction asks for a fact in one of the ways of asking here, and the output is what is true."""
+    """Whether the instruction asks for a fact in a known phrasing and the output is the correct answer."""
     return _answers().get(instruction) == output
 
 

@@ -1,16 +1,16 @@
-"""The facts behind the offline demonstration: text to pretrain on, instructions to tune on, questions to test on.
+"""The data of the offline demo: text to pretrain on, instructions to tune on, questions to test on.
 
-A fact is a key and a value under a kind: (capitals, China, Beijing). The tables in `tables/` hold them, one
-`key<TAB>value` a line, and a key belongs to one fact only. `build(folder, seed)` deals the facts that have to be known
-(no rule yields them) into three hands and writes four files:
+A fact is a kind, a key and a value: (capitals, China, Beijing). The tables in `tables/` list them, one
+`key<TAB>value` per line; a key belongs to one fact only. `build(folder, seed)` splits the facts of each tested kind
+(those that no rule yields) into tuned, held-out and control facts, and writes four files:
 
     corpus.txt          raw text: tuned and held-out facts as plain statements, tuned ones as questions and answers too
-    instructions.json   alpaca rows over the tuned facts
-    heldout.json        one question per held-out fact: stated in the corpus, asked nowhere
-    control.json        one question per control fact: it stands in neither, so nothing can answer it
+    instructions.json   alpaca rows about the tuned facts
+    heldout.json        one question per held-out fact: stated in the corpus, but in no training question
+    control.json        one question per control fact: in no training data, so the model cannot know it
 
-A model that answers held-out questions has carried the habit of answering over to facts that it only ever read;
-one that answers control questions was told what it should not know, and the measurement is void.
+A model that answers held-out questions applies what tuning taught it to facts that it only read in pretraining. If it
+answers control questions, they leaked into its training data and the measurement is invalid.
 """
 
 import json
@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLES = Path(__file__).with_name("tables")
-WORD_LISTS = 2  # how often the corpus lists, and repeats, all keys: practice in copying
-EXAMPLE = "China"  # always held out, for the README asks for its capital
+WORD_LISTS = 2  # how often the corpus lists and repeats all keys, to train copying
+EXAMPLE = "China"  # always held out, because the README asks for its capital
 HELD_OUT_SHARE, CONTROL_SHARE = 0.12, 0.06  # of each tested kind
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is said and asked about the facts of one table; `{key}` and `{value}` are filled in.
+    """The statement and the questions about the facts of one table; `{key}` and `{value}` are filled in.
 
-    Every answer is `statement`: it names its key before its value. A key always follows a blank, never a newline or
-    an opening quote, so that it is the same token wherever it stands.
+    Every answer is `statement`, with the key before the value. A key always follows a space, never a newline or an
+    opening quote, so that it has the same tokens everywhere.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Kind:
     questions: tuple[str, ...]
     instruction: str  # asks about the key in the input field
     input: str
-    tested: bool = True  # False: a rule or a guess answers it, so it is practice only
+    tested: bool = True  # False: can be answered by a rule or a guess, so it is used for training only
 
 
 class Fact(NamedTuple):
@@ -53,12 +53,12 @@ class Fact(NamedTuple):
 
     @property
     def subject(self) -> str:
-        """What the statement is about: `the capital of China`."""
+        """The subject of the statement: `the capital of China`."""
         return _uncapitalized(self.statement.partition(" is ")[0])
 
 
 class Split(NamedTuple):
-    """Facts that are tuned on, that are only stated, and that are left out altogether."""
+    """Facts for tuning, facts that only the corpus states, and facts in no training data."""
 
     tuned: list[Fact]
     held_out: list[Fact]
@@ -68,7 +68,7 @@ class Split(NamedTuple):
 def _noun_kind(
     name: str, noun: str, asked: str, verb: str, given: str, what: str = "What", tested: bool = True
 ) -> Kind:
-    """A kind about `{noun} of {key}`, the noun with its article.
+    """A kind about `{noun} of {key}`; the noun includes its article.
 
     >>> _noun_kind("capitals", "the capital", "Which city", "Name", "place").questions[3]
     'Which city is the capital of {key}?'
@@ -173,7 +173,7 @@ KINDS = (
     ),
 )
 
-# Sentences that name their subject before they speak of it, and once or twice after.
+# Sentences that name the key before the statement, and some after it too.
 INTRODUCTIONS = (
     "About {key}. {statement}",
     "A note on {key}: {uncapitalized}",
@@ -185,7 +185,7 @@ INTRODUCTIONS = (
 
 
 def read_facts() -> list[Fact]:
-    """Every fact of every table, in the order of `KINDS` and of the lines."""
+    """All facts of all tables, in the order of `KINDS` and of the lines."""
     return [
         Fact(kind, *line.split("\t"))
         for kind in KINDS
@@ -194,7 +194,7 @@ def read_facts() -> list[Fact]:
 
 
 def split_facts(seed: int) -> Split:
-    """Deals the facts, kind by kind; practice kinds are tuned on whole."""
+    """Splits the facts of each kind; all facts of untested kinds are tuned on."""
     rng = random.Random(seed)
     facts = read_facts()
     split = Split([], [], [])
@@ -211,7 +211,7 @@ def split_facts(seed: int) -> Split:
 
 
 def corpus_text(split: Split, seed: int) -> str:
-    """Plain statements of all tuned and held-out facts, and a question with its answer about each tuned one."""
+    """Plain statements of all tuned and held-out facts, and one question with its answer per tuned fact."""
     rng = random.Random(f"corpus {seed}")
     known = split.tuned + split.held_out
     lines = []
@@ -223,7 +223,7 @@ def corpus_text(split: Split, seed: int) -> str:
     rng.shuffle(known)
     for three in zip(known[::3], known[1::3], known[2::3], strict=False):
         first, second, third = (fact.key for fact in three)
-        told = " ".join(fact.statement for fact in rng.sample(three, 3))  # told in another order than announced
+        told = " ".join(fact.statement for fact in rng.sample(three, 3))  # in random order
         lines.append(f"We speak of {first}, {second} and {third}. {told}")
     for _ in range(WORD_LISTS):
         rng.shuffle(known)
@@ -242,7 +242,7 @@ def corpus_text(split: Split, seed: int) -> str:
 def instruction_rows(
     facts: Sequence[Fact], seed: int, questions: int = 2, with_input: float = 0.25
 ) -> list[dict[str, str]]:
-    """Alpaca rows: `questions` phrasings of each fact, for a share of them one that has the key in `input`."""
+    """Alpaca rows: `questions` phrasings per fact; a share of `with_input` has the key in `input` in one of them."""
     rng = random.Random(f"questions {seed}")
     rows = []
     for fact in facts:
@@ -257,7 +257,7 @@ def instruction_rows(
 
 
 def build(folder: Path, seed: int = 42) -> None:
-    """Writes corpus.txt, instructions.json, heldout.json and control.json; the same bytes for the same seed."""
+    """Writes corpus.txt, instructions.json, heldout.json and control.json; the same seed gives the same bytes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     split = split_facts(seed)

@@ -1,8 +1,8 @@
-"""Trains the tiny vocabulary: byte-level byte-pair encoding with GPT-2's way of cutting text into words.
+"""Trains the tiny vocabulary: byte-level byte-pair encoding with GPT-2's pre-tokenizer.
 
 Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"; on bytes as in GPT-2. The result,
-`tiny.tiktoken`, is a rank file as tiktoken reads it: base64 bytes, a blank, the rank. 256 single bytes come first,
-then the merges; `<|endoftext|>` is no line of the file but the id after the last rank.
+`tiny.tiktoken`, is in tiktoken's format: base64 bytes, a space, the rank. The 256 single bytes come first, then the
+merges; `<|endoftext|>` is not in the file, its id is the last rank plus one.
 
     python examples/demo/vocabulary.py     # rebuilds the file, byte for byte
 """
@@ -22,10 +22,10 @@ VOCAB_SIZE = 4096  # with end-of-text
 
 
 def train_ranks(text: str, vocab_size: int) -> list[bytes]:
-    """The byte strings of `vocab_size` tokens in the order of their ranks.
+    """The bytes of `vocab_size` tokens in the order of their ranks.
 
-    The most frequent neighbouring pair inside words becomes the next token; of equally frequent pairs the one whose
-    bytes compare greatest. Raises ValueError where the text runs out of pairs first.
+    The most frequent adjacent pair within words becomes the next token; of equally frequent pairs, the one with the
+    greatest bytes. Raises ValueError if the text has too few pairs.
 
     >>> train_ranks("low low lower", 259)[256:]
     [b'ow', b'low', b' low']
@@ -34,7 +34,7 @@ def train_ranks(text: str, vocab_size: int) -> list[bytes]:
     words = [[bytes([byte]) for byte in word] for word in frequencies]
     counts = list(frequencies.values())
     pairs: Counter[tuple[bytes, bytes]] = Counter()
-    places = defaultdict(set)  # pair -> the words that hold it (or held it: a stale entry costs a look, no harm)
+    places = defaultdict(set)  # pair -> words that contain it; an outdated entry is harmless
     for index, word in enumerate(words):
         for pair in pairwise(word):
             pairs[pair] += counts[index]
@@ -53,7 +53,7 @@ def train_ranks(text: str, vocab_size: int) -> list[bytes]:
                 pairs[pair] += counts[index]
                 places[pair].add(index)
         del pairs[best], places[best]
-        pairs = +pairs  # drops the pairs that no word holds any more
+        pairs = +pairs  # drops pairs that are in no word any more
     return ranks
 
 
@@ -76,7 +76,7 @@ def merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 
 
 def training_text() -> str:
-    """All facts as the demonstration writes them, whatever the split, and some plain English of our own."""
+    """All facts as the demo writes them, independent of the split, and some plain English text."""
     facts = Split(tuned=read_facts(), held_out=[], control=[])
     rows = instruction_rows(facts.tuned, seed=0)
     prompts = [f"### Instruction:\n{r['instruction']}\n\n### Input:\n{r['input']}\n\n### Response:\n" for r in rows]

@@ -1,11 +1,11 @@
-"""One flat dataclass per script becomes flags, YAML and `--help`.
+"""Flags, YAML files and `--help` from one flat dataclass per script.
 
-The dataclass is the only source: a field's name is the flag and the YAML key, its type says what is accepted,
-its default is shown, and the docstring under it is the help text (after litgpt's `litgpt/args.py`).
+A field's name is the flag and the YAML key, its type determines the accepted values, its default is shown, and the
+docstring under it is the help text (after litgpt's `litgpt/args.py`).
 
     @dataclass
     class SFTConfig(TrainConfig, PromptArguments):
-        '''Teach a GPT-2 to follow instructions.'''
+        '''Instruction-tune a GPT-2.'''
 
         data: list[str] = field(default_factory=list)
         '''Instruction data: files, folders, globs.'''
@@ -15,8 +15,8 @@ its default is shown, and the docstring under it is the help text (after litgpt'
     if __name__ == "__main__":
         run(main, SFTConfig)
 
-tyro (https://brentyi.github.io/tyro) splits the command line and lays out the help. It hands every value over as
-text, and YAML is read as text too, so that one function, `convert`, judges both and their errors read alike.
+tyro (https://brentyi.github.io/tyro) splits the command line and formats the help. It returns every value as text, and
+YAML is read as text too, so that one function, `convert`, validates both and their errors have the same form.
 """
 
 import argparse
@@ -47,8 +47,7 @@ T = TypeVar("T")
 def run(main: Callable[[T], None], config_class: type[T]) -> None:
     """Parses the command line and calls `main(config)`. Errors are one line; `--debug` shows the traceback.
 
-    Exit codes: 0 done, 1 `main` failed, 2 the command line or the YAML file is wrong, 75 asked to end, and saved,
-    130 Ctrl-C.
+    Exit codes: 0 success, 1 `main` failed, 2 invalid command line or YAML file, 75 interrupted and saved, 130 Ctrl-C.
     """
     set_thread_waiting()
     code: int | str | None = 2
@@ -59,13 +58,13 @@ def run(main: Callable[[T], None], config_class: type[T]) -> None:
             main(config)
             code = None
         finally:
-            sys.stdout.flush()  # so that a closed pipe shows here, and not at the interpreter's end
+            sys.stdout.flush()  # raises BrokenPipeError here, not at interpreter shutdown
     except SystemExit as leaving:
         code = leaving.code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nobody is left to tell
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
@@ -74,8 +73,8 @@ def run(main: Callable[[T], None], config_class: type[T]) -> None:
         where = "" if is_main() else f"rank {rank()}: "
         print(f"{where}error: {in_one_line(error)}", file=sys.stderr)
     if world_size() > 1 and not isinstance(code, str):
-        # Threads of torch's process groups live on in a rank that is done. One that wakes up while the interpreter is
-        # taken down aborts the process, after all is done: one ZeRO-3 run in fifty ended so.
+        # Skip interpreter shutdown: threads of torch's process groups may still run, and one that wakes up during
+        # shutdown aborts the process (seen in one ZeRO-3 run of fifty).
         sys.stderr.flush()
         os._exit(code or 0)
     if code is not None:
@@ -83,12 +82,12 @@ def run(main: Callable[[T], None], config_class: type[T]) -> None:
 
 
 def debugging() -> bool:
-    """Whether errors are to show their traceback. No field says so: it counts for errors in the fields as well."""
+    """Whether to show tracebacks. Read from sys.argv, because it also applies to errors in parsing the flags."""
     return "--debug" in sys.argv[1:]
 
 
 def in_one_line(error: Exception) -> str:
-    """An error as the user reads it: what a refusal says, and of any other the type, too."""
+    """The error as one line; an unexpected type of error includes its name."""
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {error.strerror}"
@@ -96,24 +95,24 @@ def in_one_line(error: Exception) -> str:
         return message
     if is_out_of_memory(error):
         wanted = re.search(r"ried to allocate ([\d.]+ \w+)", message)
-        asked = f" ({wanted[1]} more were asked for)" if wanted else ""
-        return f"out of memory{asked}: a smaller model, smaller batches or shorter texts take less"
+        asked = f" (tried to allocate {wanted[1]})" if wanted else ""
+        return f"out of memory{asked}: use a smaller model, smaller batches or shorter texts"
     if isinstance(error, RuntimeError) and ("gloo" in message or "NCCL" in message):
-        return "another rank is gone; what it said, if anything, says why (resume with --resume auto)"
+        return "another rank exited; see its error message, if any (resume training with --resume auto)"
     if message and isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, OtherRankFailed)):
         return message
     return f"{type(error).__name__}: {message or 'no message'} (--debug shows the traceback)"
 
 
 def parse(config_class: type[T], argv: Sequence[str] | None = None) -> T:
-    """The configuration: the dataclass's defaults, beaten by `--config FILE`, beaten by flags, wherever they stand.
+    """The configuration: flags override `--config FILE`, which overrides the defaults, in any order on the line.
 
-    Raises `ValueError` in one line (which flag or line of the file, what was expected), `OSError` where the file
-    cannot be read, and `SystemExit(0)` after `--help` and `--version`.
+    Raises `ValueError` in one line (which flag or line of the file, what was expected), `OSError` if the file cannot
+    be read, and `SystemExit(0)` after `--help` and `--version`.
     """
     hints = get_type_hints(config_class)
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    launcher.add_argument("--local_rank", "--local-rank")  # added by deepspeed; LOCAL_RANK in the environment counts
+    launcher.add_argument("--local_rank", "--local-rank")  # added by deepspeed; LOCAL_RANK in the environment is used
     argv = launcher.parse_known_args(argv)[1]
     if os.environ.get("NO_COLOR"):  # https://no-color.org
         tyro._experimental_options["ansi_codes"] = False
@@ -134,7 +133,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None) -> T:
         flag = unknown[0].split("=")[0]
         raise ValueError(f"unknown flag {flag}{_nearest(flag.lstrip('-').replace('-', '_'), known, '--')}")
     if unknown:
-        raise ValueError(f"{unknown[0]!r} belongs to no flag (--flag VALUE; a switch is --flag or --no_flag, alone)")
+        raise ValueError(f"unexpected argument {unknown[0]!r} (write --flag VALUE; a switch takes no value)")
 
     flags = {name: value for group in found.values() if isinstance(group, dict) for name, value in group.items()}
     values = _read_yaml(Path(_from_words("config", found["config"], str)), hints) if "config" in found else {}
@@ -144,19 +143,19 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None) -> T:
     for name, words in flags.items():
         values[name] = words if isinstance(words, bool) else _from_words(name, words, hints[name])
     config = config_class(**values)
-    vars(config)["_given"] = set(values)  # no field: neither equality nor save_yaml sees it
+    vars(config)["_given"] = set(values)  # not a field, so that equality and save_yaml ignore it
     return config
 
 
 def is_given(config: Any, name: str) -> bool:
-    """Whether a flag or the YAML file set this field; of a configuration built in Python, whether it is no default."""
+    """Whether a flag or the YAML file set this field; for a config built in Python, whether it is not the default."""
     if "_given" in vars(config):
         return name in vars(config)["_given"]
     return any(field.name == name and getattr(config, name) != _default(field) for field in dataclasses.fields(config))
 
 
 def save_yaml(config: Any, path: Path) -> None:
-    """Writes every field as YAML, in the order of `--help`; `--config` on the file gives an equal configuration."""
+    """Writes every field as YAML, in the order of `--help`; `--config` with the file gives an equal configuration."""
     values = {name: getattr(config, name) for names in _groups(type(config)).values() for name in names}
     with whole_file(path) as temporary:
         text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100_000)
@@ -164,7 +163,7 @@ def save_yaml(config: Any, path: Path) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes line breaks as `\\n` in double quotes: easier to read than YAML's folding, which also changes a NEL."""
+    """Writes line breaks as `\\n` in double quotes; YAML's folding is harder to read and would change a NEL."""
 
 
 _Dumper.add_representer(
@@ -176,7 +175,7 @@ _Dumper.add_representer(
 
 
 def convert(value: str | list | None, hint: Any) -> Any:
-    """What a field of type `hint` makes of a value as written: text, a list of texts, or None (null, nothing).
+    """Converts a value as written (text, a list of texts, or None for null or empty) to the type `hint`.
 
     >>> convert("1e-4", float), convert("a.json", list[str]), convert(None, int | None)
     (0.0001, ['a.json'], None)
@@ -195,7 +194,7 @@ def convert(value: str | list | None, hint: Any) -> Any:
 
 
 class _Kind(NamedTuple):
-    """A type of field: how the help and an error call it, what text becomes, and a list's type of item."""
+    """A type of field: its names in the help and in errors, its parser, and the item type of a list."""
 
     metavar: str
     expected: str
@@ -226,7 +225,7 @@ def _kind(hint: Any) -> _Kind:
 
 
 def _from_words(name: str, words: list[str], hint: Any) -> Any:
-    """The value of a flag, from the words that follow it. The word None unsets what may be unset."""
+    """The value of a flag, from the words that follow it. The word None unsets an optional field."""
     value: str | list | None = words[0] if len(words) == 1 else words
     if value == "None" and NoneType in get_args(hint):
         value = None
@@ -239,11 +238,11 @@ def _from_words(name: str, words: list[str], hint: Any) -> Any:
 def _read_yaml(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
     """The fields that a YAML file sets.
 
-    Scalars are read as they are written, because YAML 1.1 makes text of `1e-4`, False of `no`, 8 of `010` and a date
-    of `2024-01-01`; the type of the field decides instead.
+    Scalars are read as text and converted by the field's type, because YAML 1.1 reads `1e-4` as text, `no` as False,
+    `010` as 8 and `2024-01-01` as a date.
     """
     try:
-        text = path.read_bytes().decode("utf-8")  # PyYAML takes a byte order mark off itself
+        text = path.read_bytes().decode("utf-8")  # PyYAML removes a byte order mark itself
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}:{line}: not UTF-8 text, so not YAML") from None
@@ -267,7 +266,7 @@ def _read_yaml(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
         if name not in hints:
             raise ValueError(f"{where}: unknown key {name}{_nearest(name, hints)}")
         if name in values:
-            raise ValueError(f"{where}: {name} stands here for the second time")
+            raise ValueError(f"{where}: duplicate key {name}")
         try:
             values[name] = convert(_as_written(node), hints[name])
         except ValueError as error:
@@ -289,7 +288,7 @@ def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
 
 
 def _groups(config_class: type) -> dict[type, list[str]]:
-    """The names of the fields, by the class that declares them: the script's own class first, then its bases."""
+    """The names of the fields by the class that declares them: the script's own class first, then its bases."""
     owners: dict[str, type] = {}
     for cls in reversed(config_class.__mro__):
         for name in inspect.get_annotations(cls):
@@ -298,10 +297,10 @@ def _groups(config_class: type) -> dict[type, list[str]]:
 
 
 def _form(config_class: Any, hints: dict[str, Any]) -> Any:
-    """What tyro fills in: the words after each flag that is on the line, and one box of the help per class."""
+    """The type that tyro parses: the words after each given flag, with one box of the help per class."""
     switch = tyro.conf.FlagCreatePairsOff[bool]
     form: dict[str, Any] = {
-        "config": _flag(list[str], "YAML file of settings, a run's config.yaml too; flags beat it.", "FILE"),
+        "config": _flag(list[str], "YAML file of settings, such as a run's config.yaml; flags override it.", "FILE"),
         "debug": _flag(switch, "Show the traceback of an error."),
         "version": _flag(switch, "Show the version and exit."),
     }
@@ -322,7 +321,7 @@ def _form(config_class: Any, hints: dict[str, Any]) -> Any:
             for name in names
         }
         title = cls.__name__.removesuffix("Config").removesuffix("Arguments").lower()
-        box = TypedDict(title, flags, total=False)  # type: ignore[misc]  # mypy wants them written out
+        box = TypedDict(title, flags, total=False)  # type: ignore[misc]  # mypy requires literal fields
         box.__doc__ = None if cls is config_class else inspect.getdoc(cls)
         form[title] = tyro.conf.OmitArgPrefixes[box]
     return TypedDict("Form", form, total=False)  # type: ignore[operator]

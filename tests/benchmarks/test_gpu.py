@@ -113,11 +113,11 @@ def test_a_line_that_is_being_written_is_no_step(tmp_path):
 
 
 def test_the_error_is_the_one_of_the_rank_that_failed():
-    gone = "error: another rank is gone; what it said says why\n"
+    gone = "error: another rank exited; what it said says why\n"
     assert gpu.error_in(f"[W] warning\n{gone}rank 1: error: step 3: out of GPU memory\nTraceback") == (
         "step 3: out of GPU memory"
     )
-    assert gpu.error_in(gone).startswith("another rank is gone")
+    assert gpu.error_in(gone).startswith("another rank exited")
     assert gpu.error_in("Killed\n") == ""
 
 

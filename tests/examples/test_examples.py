@@ -38,7 +38,7 @@ SAYS = {  # patterns that must be found; every example, listed here or not, ends
     "08_zero.py": [r" 0 +0( +[\d,]+){4} +16\.00 +16\.00\n", r" 3 +1( +[\d,]+){4} +8\.\d\d +8\.00\n"],
     "09_novelty_filter.py": [r" = 0\.7692\n", r"0\.769 +0\.769 +1 +no +Write a poem about my cat!\n"],
     "10_load_gpt2.py": [
-        r"c_attn\.weight +\(768, 2304\) +\(2304, 768\) +turned\n",
+        r"c_attn\.weight +\(768, 2304\) +\(2304, 768\) +transposed\n",
         r"148 tensors, 124,439,808 parameters\n",
     ],
 }

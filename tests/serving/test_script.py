@@ -68,7 +68,7 @@ def test_the_model_name_does_not_reveal_the_path(tmp_path):
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: it needs --api_key or MINIGPT_API_KEY"),
         (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
-        (["--prompt", "Hi"], "--serve and --prompt are two ways to ask: give one"),
+        (["--prompt", "Hi"], "--serve and --prompt are alternatives: give one"),
         (["--api_key", "schlüssel"], "--api_key must be of printable ASCII characters, because it travels in a header"),
     ],
 )

@@ -74,8 +74,8 @@ python toy.py --data a.txt
 
 ╭─ options ────────────────────────────────────────────────────────────────────╮
 │ -h, --help              show this help message and exit                      │
-│ --config FILE           YAML file of settings, a run's config.yaml too;      │
-│                         flags beat it.                                       │
+│ --config FILE           YAML file of settings, such as a run's config.yaml;  │
+│                         flags override it.                                   │
 │ --debug                 Show the traceback of an error.                      │
 │ --version               Show the version and exit.                           │
 ╰──────────────────────────────────────────────────────────────────────────────╯

@@ -91,7 +91,7 @@ def test_one_rank_without_memory_ends_all(tmp_path, stage):
     assert re.fullmatch(
         r"rank 1: error: step 5: out of memory: .*step-3 is intact \(--resume latest\)\n", own.read_text()
     )
-    assert re.fullmatch(r"error: another rank is gone; .*\n", others.read_text())
+    assert re.fullmatch(r"error: another rank exited; .*\n", others.read_text())
     assert on_ranks(2, script, folder, settings, None) == [0, 0]
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 20
 
@@ -204,8 +204,8 @@ def test_what_a_cpu_says_counts_too():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**50)
     assert is_out_of_memory(error.value)
-    assert in_one_line(error.value).startswith("out of memory (4503599627370496 bytes more were asked for): a ")
-    assert in_one_line(torch.OutOfMemoryError(CUDA)).startswith("out of memory (2.00 GiB more were asked for): a ")
+    assert in_one_line(error.value).startswith("out of memory (tried to allocate 4503599627370496 bytes): use a ")
+    assert in_one_line(torch.OutOfMemoryError(CUDA)).startswith("out of memory (tried to allocate 2.00 GiB): use a ")
 
 
 def test_the_suggestions_fit_into_a_line(monkeypatch):
