@@ -130,7 +130,7 @@ def test_every_command_runs(place, server, what):
     assert code == expected, err
     assert out
     if expected:
-        assert "tasks kept; --max_requests 2 is used up" in err
+        assert "tasks kept; --max_requests 2 is reached" in err
     if redirected:
         assert len(out.splitlines()) >= len(stdin.splitlines())
     asked = place.folder / "network.log"

@@ -312,7 +312,7 @@ def test_all_files_are_synced_before_the_folder_is_renamed(path, cache, monkeypa
 
 def test_the_cache_key_has_not_changed(tmp_path, monkeypatch):
     """Checkpoints contain the key: with another one their runs would not resume."""
-    monkeypatch.setattr(module, "__version__", "1")
+    monkeypatch.setattr(module, "KEY_VERSION", "1")
     (tmp_path / "a.txt").write_text("Once upon a time.\n")
     (tmp_path / "b.jsonl").write_text('{"text": "Once upon a time."}\n')
     files = [tmp_path / "a.txt", tmp_path / "b.jsonl"]

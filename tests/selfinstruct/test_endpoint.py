@@ -11,7 +11,7 @@ from minigpt.selfinstruct import endpoint as endpoint_module
 from minigpt.selfinstruct.endpoint import API_KEY_VARIABLE, ApiGenerator, EndpointArguments, read_choices
 from minigpt.selfinstruct.generators import Completion, GeneratorArguments, LocalGenerator, SamplingParams, SeededPrompt
 
-from ..serving import served
+from ..serving import running_server
 from .endpoint import MODEL, serving
 from .fake_generators import plausible
 
@@ -249,11 +249,11 @@ def test_malformed_choices():
 
 def test_chat_py_serve_equals_the_local_generator(tokenizer):
     """The same model gives the same completions over HTTP and in this process."""
-    model = served.make_model()
+    model = running_server.make_model()
     prompts = [SeededPrompt(text, seed) for seed, (text, _) in enumerate(PROMPTS)]
     params = make_params(("the",), max_length=15, top_p=0.9, repetition_penalty=1.1)
-    with served.serving(model) as server:
-        generator = ApiGenerator(EndpointArguments(f"{server.url}/v1", served.NAME), tokenizer)
+    with running_server.serving(model) as server:
+        generator = ApiGenerator(EndpointArguments(f"{server.url}/v1", running_server.NAME), tokenizer)
         assert generator.context == 256
         remote = generator.complete(prompts, params)
     local = LocalGenerator(model, tokenizer).complete(prompts, params)

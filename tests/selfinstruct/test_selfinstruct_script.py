@@ -308,7 +308,10 @@ def test_an_error_is_one_line(work):
         ("--model_name_or_path MODEL --max_length 250", "--max_length 250 leaves 6 of the model's 256 tokens for the"),
         ("--model_name_or_path MODEL --max_length 300", "--max_length 300 leaves no tokens for the prompt: the model"),
         ("--model_name_or_path MODEL --tokenizer_name ./none", "./none: no such folder"),
-        ("--model_name_or_path a --api_base http://x/v1 --api_model m", "--model_name_or_path and --api_base are two"),
+        (
+            "--model_name_or_path a --api_base http://x/v1 --api_model m",
+            "--model_name_or_path and --api_base are alternatives",
+        ),
         ("--model_name_or_path a --num_prompt_synthetic_instructions 9", "--num_prompt_synthetic_instructions 9 is"),
         ("--model_name_or_path a --trigger_input Output", "the trigger words Instruction, Output, Output must differ"),
     ],
