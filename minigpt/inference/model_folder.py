@@ -30,7 +30,7 @@ class ModelFolder:
 
     @classmethod
     def of(cls, settings: ModelArguments, **changes: Any) -> Self:
-        """The one that the flags name; `model_name_or_path` must be set."""
+        """From flags, of which `model_name_or_path` must be set."""
         return cls(str(settings.model_name_or_path), settings.revision, settings.tokenizer_name, changes)
 
     @cached_property
@@ -51,6 +51,7 @@ class ModelFolder:
         return get_template(chosen, **settings.triggers)
 
     def load_model(self, device: str | torch.device) -> CausalLM:
+        """The weights, in fp32, with `config`'s changes; each call returns a new model."""
         return load_model(self.name, self.revision, device=device, **self._changes)
 
     @property

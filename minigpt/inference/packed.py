@@ -42,22 +42,21 @@ QUANTIZATIONS = ("int8", "fp16")
 
 
 def for_generation(model: CausalLM, quantize: str | None = None, *, batched: bool = True) -> CausalLM:
-    """The same model with its matrices laid out to generate with alone; the one given stays as it is.
+    """A copy of the model with packed matrices, for generation only; the given model does not change.
 
-    What is not a matrix is shared with it, and so is the token embedding, whose rows are looked up: the head tied to
-    it is a second, packed copy. Let go of the model given, and its other matrices are freed.
+    The copy shares all weights that are not matrices with the model, and the token embedding, which is only looked up;
+    the tied head is a second, packed copy of it. Delete the given model to free its other matrices.
 
     Args:
         model: fp32 or bf16.
-        quantize: None leaves the weights as they are, and returns the model itself where no layout is better than its
-            own (on a GPU, or without oneDNN). "fp16" rounds the matrices to fp16; on a CPU products are taken in fp32.
-            "int8" rounds them to 8 bits, and on a CPU without bf16 instructions the activations too, each row by
-            itself; a row then gets the same bits alone and in any batch. Where bf16 is native (and on a GPU), products
-            are in bf16, whose sums are rounded otherwise for few rows than for many, so near a tie a row's token may
-            hang on the size of its batch. `perplexity` says what rounding costs.
-
-        batched: False if one sequence at a time is continued, as in a chat: some kernels are then faster, whose last
-            bits differ from those that the sequence would get in a batch.
+        quantize: None does not round, and returns the model itself if no packed layout is faster (on a GPU, or without
+            oneDNN). "fp16" rounds the matrices to fp16; on a CPU products are computed in fp32. "int8" rounds them to 8
+            bits and, on a CPU without bf16 instructions, the activations too, each row with its own scale: a row gets
+            the same bits alone and in any batch. With native bf16, and on a GPU, int8 computes in bf16, which rounds
+            sums differently for few rows than for many: near a tie, a row's token may depend on the batch size.
+            `perplexity` measures the cost of rounding.
+        batched: False if one sequence at a time is continued, as in a chat: some kernels are then faster, and their
+            last bits differ from those in a batch.
 
     Raises:
         ValueError: no such quantization.
@@ -75,26 +74,25 @@ def for_generation(model: CausalLM, quantize: str | None = None, *, batched: boo
     with torch.device("meta"), SkipInit():
         fast = type(model)(model.config).eval()
     fast.lm_head = head = linear(model.head_weight(), None)
-    _pack(model, fast, linear, dtype, _fused_block(model))
-    if isinstance(head, Int8Linear):  # a tied embedding looks its rows up in the 8-bit head
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Embedding) and module.weight is model.head_weight():
-                fast.set_submodule(name, Int8Embedding(head, dtype))
+    fused = _fused_block(model)
+
+    def pack(source: nn.Module, target: nn.Module) -> None:
+        """Fills `target`, the same module without weights: matrices packed, all other weights shared, in `dtype`."""
+        for name, parameter in source.named_parameters(recurse=False):
+            setattr(target, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+        for name, child in source.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(target, name, LinearModule(linear(child.weight, child.bias)))
+            elif isinstance(head, Int8Linear) and getattr(child, "weight", None) is model.head_weight():
+                setattr(target, name, Int8Embedding(head, dtype))  # the tied embedding
+            elif fused and isinstance(source, nn.ModuleList):
+                setattr(target, name, fused(child, linear, dtype))
+            else:
+                pack(child, target.get_submodule(name))
+
+    pack(model, fast)
     fast.register_state_dict_pre_hook(_refuse_state_dict)
     return fast
-
-
-def _pack(source: nn.Module, target: nn.Module, linear: Kernel, dtype: torch.dtype, fused: Any) -> None:
-    """Fills `target`, a copy of `source` without weights: matrices packed, all other weights shared, in `dtype`."""
-    for name, parameter in source.named_parameters(recurse=False):
-        setattr(target, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
-    for name, child in source.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(target, name, LinearModule(linear(child.weight, child.bias)))
-        elif fused and isinstance(source, nn.ModuleList):
-            setattr(target, name, fused(child, linear, dtype))
-        else:
-            _pack(child, target.get_submodule(name), linear, dtype, fused)
 
 
 def _fused_block(model: CausalLM) -> Any:
@@ -106,8 +104,8 @@ def _fused_block(model: CausalLM) -> Any:
 
 
 def _kernel(weight: Tensor, quantize: str | None, batched: bool) -> tuple[Kernel, torch.dtype, torch.dtype] | None:
-    """The kernel for a model with such weights, and the dtypes of its activations and of the weights that it is given;
-    None where the plain path is best."""
+    """The kernel, the dtype of the activations and the dtype in which the kernel gets its weights; None if the plain
+    path is the fastest."""
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
     if weight.device.type != "cpu":
         return {None: None, "int8": (Int8Linear, bf16, weight.dtype), "fp16": (PlainLinear, fp16, fp16)}[quantize]
@@ -161,17 +159,17 @@ def load_for_generation(
 
 
 def lighten(model: CausalLM, quantize: str | None, batched: bool = True) -> CausalLM:
-    """`for_generation`, with "bf16" too; for it the model given is itself converted."""
+    """`for_generation`, and also "bf16", which converts the given model in place."""
     if quantize == "bf16":
         return for_generation(model.bfloat16(), batched=batched)
     return for_generation(model, quantize, batched=batched)
 
 
 def with_loss(model: CausalLM, tokenizer: Tokenizer, quantize: str, batched: bool = True) -> tuple[CausalLM, str]:
-    """An fp32 model in bf16, or quantized, laid out for generation; and what that costs, measured, as a line.
+    """An fp32 model in bf16 or quantized, packed for generation, and a line with the measured cost.
 
-    The cost is the change of the perplexity on the text that is bundled with the package (`assets/english.txt`), in
-    pieces of at most the model's context. It is little text: differences below a tenth of a percent say nothing.
+    The cost is the change of the perplexity on the bundled English text (`assets/english.txt`), in chunks of at most
+    the model's context. The text is short: differences below 0.1% are noise.
     """
     ids = tokenizer.encode(ENGLISH.read_text(encoding="utf-8"))
     length = model.config.context
@@ -184,9 +182,9 @@ def with_loss(model: CausalLM, tokenizer: Tokenizer, quantize: str, batched: boo
 
 
 def use_huge_pages() -> None:
-    """Lets torch ask for huge pages where a tensor is large, on Linux; call it before the process makes its first one.
+    """Makes torch allocate large tensors in huge pages, on Linux. Call it before the first tensor is created.
 
-    Weights are then read 7% (bf16) to 13% (fp32) faster, for a few tenths of a second more of packing.
+    Weights are then read 7% (bf16) to 13% (fp32) faster; packing takes a few tenths of a second longer.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read once, by torch's allocator
 
@@ -196,7 +194,7 @@ def _refuse_state_dict(*_: Any) -> None:
 
 
 class LinearModule(nn.Module):
-    """A prepared product in the place of an `nn.Linear`."""
+    """A packed product in place of an `nn.Linear`."""
 
     def __init__(self, product: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -221,8 +219,8 @@ class Int8Embedding(nn.Module):
 def perplexity(model: CausalLM, sequences: Sequence[Sequence[int]]) -> float:
     """exp of the mean negative log-likelihood of every token after each sequence's first.
 
-    Sequences longer than the context are cut to it. `perplexity(fast, data) / perplexity(model, data)` is what
-    quantization costs.
+    Sequences are truncated to the context. `perplexity(fast, data) / perplexity(model, data)` is the cost of
+    quantization.
 
     Raises:
         ValueError: no sequence has two tokens.

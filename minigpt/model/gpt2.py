@@ -114,7 +114,7 @@ def attend(
     B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
     heads = qkv if cache is None else qkv.to(cache.buffer.dtype)
     if B * T == 1:
-        heads = heads.view(3, 1, n_head, 1, C // n_head)  # the same, in one call
+        heads = heads.view(3, 1, n_head, 1, C // n_head)  # one token: the same, without a permutation
     else:
         heads = heads.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (B,T,3*C) -> (3,B,nh,T,hs)
     if cache is None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import minigpt
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.inference import packed
 from minigpt.inference import packed as fast_module
 from minigpt.inference.generate import generate
 from minigpt.inference.kernels import DynamicInt8Linear, Int8Linear
@@ -50,6 +51,31 @@ def test_packed_equals_plain(model, dtype, tolerance, shape):
     idx = torch.randint(0, 331, shape)
     with torch.inference_mode():
         assert relative(fast(idx), model(idx)) < tolerance
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "fp16"])
+def test_a_family_without_a_fused_block_is_packed_matrix_by_matrix(model, quantize, monkeypatch):
+    fused = for_generation(model, quantize)
+    monkeypatch.setattr(GPT, "FUSED_BLOCK", None)
+    fast = for_generation(model, quantize)
+    assert not any(isinstance(module, nn.Linear) for module in fast.modules())
+    assert not any(parameter.is_meta for parameter in fast.parameters())
+    idx = torch.randint(0, 331, (3, 20))
+    with torch.inference_mode():
+        assert relative(fast(idx), fused(idx)) < 1e-5
+    if quantize is None:
+        assert generate(fast, PROMPTS, max_new_tokens=20) == generate(model, PROMPTS, max_new_tokens=20)
+
+
+def test_int8_where_bf16_is_native_looks_embeddings_up_in_the_head(model, monkeypatch):
+    """As on a GPU: the tied embedding is not kept a second time."""
+    monkeypatch.setattr(packed, "int8_levels", lambda: None)
+    fast = for_generation(model, "int8")
+    assert isinstance(fast.wte, packed.Int8Embedding)
+    assert not any(parameter.is_meta for parameter in fast.parameters())
+    idx = torch.randint(0, 331, (3, 20))
+    with torch.inference_mode():
+        assert relative(fast(idx), model(idx)) < 0.05
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
